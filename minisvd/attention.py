@@ -166,9 +166,8 @@ class SpatialTransformer(nn.Module):
         position = self.time_pos_embed(sinusoidal_embedding(frame, c))  # [t, c]
 
         tokens = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
-        for spatial_block, temporal_block in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
-            space = spatial_block(tokens, context)
-            time = rearrange(space, "(b t) s c -> (b s) t c", b=b) + position
-            time = rearrange(temporal_block(time, context), "(b s) t c -> (b t) s c", b=b)
-            tokens = self.time_mixer(space, time)
+        space = self.transformer_blocks[0](tokens, context)
+        time = rearrange(space, "(b t) s c -> (b s) t c", b=b) + position
+        time = self.temporal_transformer_blocks[0](time, context)
+        tokens = self.time_mixer(space, rearrange(time, "(b s) t c -> (b t) s c", b=b))
         return x + rearrange(self.proj_out(tokens), "bt (h w) c -> bt c h w", h=h)

@@ -1,4 +1,4 @@
-"""The image's one vector: a CLIP vision tower, open_clip's, behind the resize that Stable Video Diffusion was trained with.
+"""The image's one vector: open_clip's vision tower, behind the resize that Stable Video Diffusion was trained with.
 
 Axes: b batch, c channels, H W pixels of the image, h w pixels of the encoder's input.
 """

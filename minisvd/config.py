@@ -11,7 +11,9 @@ NUM_GROUPS = 32  # of every GroupNorm, so that every width is a multiple of it
 
 def check_widths(widths: tuple[int, ...]) -> None:
     if not widths or any(w < 1 or w % NUM_GROUPS for w in widths):
-        raise ValueError(f"block_out_channels is {widths}; need positive multiples of {NUM_GROUPS} (GroupNorm's groups)")
+        raise ValueError(
+            f"block_out_channels is {widths}; need positive multiples of {NUM_GROUPS} (GroupNorm's groups)"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class UNetConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; need at least 1")
         if self.addition_time_embed_dim < 2 or self.addition_time_embed_dim % 2:
-            raise ValueError(f"addition_time_embed_dim is {self.addition_time_embed_dim}; need an even number (cos, sin)")
+            raise ValueError(f"addition_time_embed_dim is {self.addition_time_embed_dim}; need an even number")
 
     @property
     def stride(self) -> int:

@@ -1,0 +1,276 @@
+"""Weights in either published layout -> modules.
+
+    resolve     folder | .safetensors file | preset | hub id -> Checkpoint: files found, headers and configs checked
+    load        Checkpoint -> modules, built on `meta` and filled tensor by tensor
+    load_unet   both, for the UNet alone
+
+Everything that can be wrong with a name, a shape or a config is found before the first tensor is read.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minisvd.clip import ImageEncoder
+from minisvd.config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from minisvd.folder import (
+    CONFIG_FILES,
+    GENERATION_FILE,
+    PARTS,
+    PICKLES,
+    PREPROCESSOR_FILE,
+    check_together,
+    choose,
+    list_folder,
+    pickle_refusal,
+    read_config,
+    read_generation,
+)
+from minisvd.layouts import DROPPED, FOLDER, OWNED, SINGLE_FILE, Join, rules, sources
+from minisvd.unet import SpatioTemporalUNet
+from minisvd.vae import AutoencoderKLTemporalDecoder
+
+MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
+RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its dtype as safetensors spells it, its shape, its bytes' place."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, none of them read. Raises ValueError for any other or broken file."""
+    if path.suffix in PICKLES:
+        raise ValueError(pickle_refusal(path))
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a .safetensors file, the only format that is read")
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
+        try:
+            with safe_open(path, framework="pt"):  # the format's own checks: lengths, offsets, no holes
+                pass
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise ValueError(f"{path} ({size:,} bytes) is cut off or corrupt ({error}): download it again") from error
+        header = json.loads(file.read(int.from_bytes(start, "little")))
+        data = file.tell()
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(entry["dtype"], tuple(entry["shape"]), *(data + offset for offset in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
+
+
+def read_tensor(file: BufferedReader, entry: Entry) -> Tensor:
+    """Into memory of its own: safetensors would map the file, and every page ever read would count until its end."""
+    buffer = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    file.seek(entry.start)
+    file.readinto(buffer.numpy().data)
+    return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that were found and whose headers are sound; nothing is read yet.
+
+    `layout` is "folder" or "single file"; `path` is that folder or file; `files` and `configs` have one entry per
+    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model.
+    """
+
+    layout: str
+    path: Path
+    files: dict[str, Path]
+    headers: dict[str, dict[str, Entry]]
+    configs: dict[str, Any]
+    generation: GenerationConfig
+
+    def load(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
+
+        Every name, shape and dtype of every part is settled before the first tensor is read. Peak memory is that
+        of the weights in `dtype` and of the one tensor being converted.
+        Raises ValueError for a tensor that is missing, left over or misshapen, and for a `dtype` without fractions.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; need a floating-point one such as torch.float16")
+        with torch.device("meta"):
+            modules = {part: MODULES[part](config) for part, config in self.configs.items()}
+        plans = {part: self.plan(part, module) for part, module in modules.items()}
+        for part, module in modules.items():
+            header, state = self.headers[part], {}
+            with open(self.files[part], "rb") as file:
+                for name, (names, join) in plans[part].items():
+                    read = (read_tensor(file, header[source]) for source in names)
+                    state[name] = join(*read).to(device, dtype).contiguous()
+            module.load_state_dict(state, strict=True, assign=True)
+            module.eval()
+        return modules
+
+    def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
+        """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
+
+        Raises ValueError naming the first tensor that is missing, unknown, of an unreadable dtype or misshapen.
+        """
+        where, header = self.files[part], self.headers[part]
+        gather, rename = rules(part, self.layout, self.configs[part])
+        plan = {name: sources(name, gather, rename) for name in module.state_dict()}
+        used = {source for names, _ in plan.values() for source in names}
+
+        known = [DROPPED[self.layout]]
+        if self.layout == SINGLE_FILE:
+            known += [pattern for owner, pattern in OWNED.items() if owner != part]
+        unknown = [name for name in header if name not in used and not re.match("|".join(known), name)]
+        if missing := sorted(used - header.keys()):
+            raise ValueError(f"{where} lacks {some(missing)}: it is not the {part} that its config describes")
+        if unknown:
+            raise ValueError(f"{where} has {some(unknown)}, which the {part} that its config describes has no use for")
+        for name, target in module.state_dict().items():
+            names, join = plan[name]
+            for source in names:
+                if header[source].dtype not in DTYPES:
+                    raise ValueError(f"{where}: {source} is {header[source].dtype}; can read {', '.join(DTYPES)}")
+            try:
+                shape = join(*(torch.empty(header[source].shape, device="meta") for source in names)).shape
+            except RuntimeError:  # einops' and torch's alike: these shapes do not even join
+                shape = None
+            if shape != target.shape:
+                have = ", ".join(f"{source} {list(header[source].shape)}" for source in names)
+                raise ValueError(f"{where}: {have} cannot fill {name} {list(target.shape)} of the {part}")
+        return plan
+
+
+def some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
+
+
+def resolve(
+    source: str | Path,
+    *,
+    parts: Sequence[str] = PARTS,
+    configs: Mapping[str, Any] | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Checkpoint:
+    """Find the weights of `parts`, download them if need be, and check their headers and configs.
+
+    `source` is, tried in this order: a folder or a .safetensors file that exists; a preset ("tiny", "svd", "svd-xt",
+    "svd-xt-1-1"); a hub id "owner/name". `configs` replaces what a part's config.json says, or for a single file,
+    which has none, the released sizes. `variant` is the middle of a file name, as in model.fp16.safetensors; None
+    means the plain files, or the fp16 ones where there are no plain ones. `revision` is a branch, tag or commit of a
+    hub id. `offline` (or HF_HUB_OFFLINE=1) looks no further than the local cache.
+
+    The generation settings are the preset's; for other folders those of svd-xt if the UNet has 25 frames, else of svd
+    with the UNet's number. Fields of a generation_config.json in the folder win. A single file states nothing: svd-xt's
+    if "xt" is in its name, else svd's.
+
+    Raises FileNotFoundError for what is not there and ValueError for what cannot be used, each with the remedy.
+    """
+    configs, released, path = dict(configs or {}), None, locate(source)
+    if path is None:
+        hub_id = PRESETS[str(source)].source if str(source) in PRESETS else str(source)
+        released = next((preset.generation for preset in PRESETS.values() if preset.source == hub_id), None)
+        path = download(hub_id, parts, variant, revision, offline)
+    elif revision is not None:
+        raise ValueError(f"revision {revision!r} is for a hub id, but {path} is local: leave it out")
+    if path.is_dir():
+        layout, names = FOLDER, choose(list_folder(path), parts, variant, str(path))
+        files = {part: path / name for part, name in names.items()}
+        configs |= {part: read_config(part, path) for part in parts if part not in configs}
+        generation = read_generation(path, released)
+    elif variant is not None:
+        raise ValueError(f"variant {variant!r} chooses among a folder's files, but {path} is a file: leave it out")
+    else:
+        layout, files = SINGLE_FILE, dict.fromkeys(parts, path)
+        configs = {part: configs.get(part, RELEASED[part]) for part in parts}
+        generation = XT if "xt" in path.name.lower() else GenerationConfig()
+    check_together(configs)
+    headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
+    return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
+
+
+def locate(source: str | Path) -> Path | None:
+    """The local folder or file that `source` means, or None if it is on the hub."""
+    name, path = str(source), Path(source).expanduser()
+    if path.exists():
+        return path
+    if name == "tiny":
+        package = Path(__file__).parent
+        for place in (package / "weights/tiny", package.parent / "weights/tiny"):  # in a wheel; in a checkout
+            if place.is_dir():
+                return place
+        raise FileNotFoundError(f"the weights of tiny, weights/tiny, are neither in nor beside {package}: reinstall")
+    if isinstance(source, Path) or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", *PICKLES):
+        raise FileNotFoundError(f"there is no file or folder {name}: check the path")
+    if name not in PRESETS and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        names = ["tiny", *PRESETS]
+        hint = "".join(f"did you mean {close!r}? Else " for close in get_close_matches(name, names, n=1))
+        raise ValueError(
+            f"unknown model {name!r}: {hint}give one of {', '.join(names)}, a path, or a hub id owner/name"
+        )
+    return None
+
+
+def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: str | None, offline: bool) -> Path:
+    """The local snapshot of a hub repository: its configs and, of `parts`, one variant of the weights."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download  # slow to import, often not needed
+
+    page = f"{constants.ENDPOINT}/{hub_id}"
+    patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
+    try:
+        try:
+            names = [] if offline or constants.HF_HUB_OFFLINE else HfApi().list_repo_files(hub_id, revision=revision)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise
+        except Exception:  # no connection, in the words of whichever HTTP library the hub's client uses
+            names = []
+        if names:
+            patterns += choose(names, parts, variant, hub_id).values()
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not names))
+    except errors.GatedRepoError as error:
+        raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"{page} does not exist or is private: check the name, or run `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline"
+        ) from error
+
+
+def load_unet(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: UNetConfig | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> SpatioTemporalUNet:
+    """The UNet alone, in eval mode; of a hub id only the UNet is downloaded. Arguments and errors as for `resolve`.
+
+    `config` replaces what config.json says, or the released sizes for a single file.
+    """
+    configs = {"unet": config} if config else None
+    found = resolve(source, parts=["unet"], configs=configs, variant=variant, revision=revision, offline=offline)
+    return found.load(device=device, dtype=dtype)["unet"]

@@ -1,0 +1,180 @@
+"""What a published folder says of itself: which files hold which part, and its config.json files as our configs.
+
+A field of a config.json is one of ours, or fixed to the one value that these modules have, or known to change
+nothing; any other is an error that names it, because what it changes could not be loaded.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from minisvd.config import XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+
+PARTS = ("unet", "vae", "clip")
+STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
+CONFIG_FILES = {"unet": "unet/config.json", "vae": "vae/config.json", "clip": "image_encoder/config.json"}
+PREPROCESSOR_FILE, GENERATION_FILE = "feature_extractor/preprocessor_config.json", "generation_config.json"
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+FIXED = {  # fields that may be stated, with the one value that these modules have
+    "unet": {"_class_name": "UNetSpatioTemporalConditionModel", "transformer_layers_per_block": 1},
+    "vae": {"_class_name": "AutoencoderKLTemporalDecoder", "in_channels": 3, "out_channels": 3, "layers_per_block": 2},
+    "clip": {"model_type": "clip_vision_model", "num_channels": 3, "layer_norm_eps": 1e-5},
+}
+IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size, and `num_frames`, read apart
+    "unet": ("num_frames", "sample_size"),
+    "vae": ("force_upcast", "sample_size"),
+    "clip": (
+        *("architectures", "attention_dropout", "dropout", "dtype"),
+        *("initializer_factor", "initializer_range", "torch_dtype", "transformers_version"),
+    ),
+}
+
+
+def pickle_refusal(path: str | Path) -> str:
+    return f"{path} is a pickle, which can run any code when it is opened: convert it to .safetensors first"
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The files in a folder and in its subfolders, by their path inside it."""
+    return sorted(p.relative_to(folder).as_posix() for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
+
+
+def choose(names: Sequence[str], parts: Sequence[str], variant: str | None, where: str) -> dict[str, str]:
+    """Which of a folder's files holds each part. Raises for parts without one, naming every file that is missing."""
+    tried = [variant] if variant else [None, "fp16"]
+    chosen, missing = {}, [CONFIG_FILES[part] for part in parts if CONFIG_FILES[part] not in names]
+    for part in parts:
+        wanted = [".".join(filter(None, (STEMS[part], v, "safetensors"))) for v in tried]
+        chosen[part] = next((name for name in wanted if name in names), None)
+        if chosen[part] is None:
+            missing.append(wanted[0])
+            inside = [name for name in names if name.startswith(CONFIG_FILES[part].split("/")[0] + "/")]
+            pickles = [name for name in inside if name.endswith(PICKLES)]
+            if pickles and not any(name.endswith(".safetensors") for name in inside):
+                raise ValueError(pickle_refusal(f"{where}/{pickles[0]}"))
+    if missing:
+        have = ", ".join(name for name in names if name.endswith(".safetensors")) or "no .safetensors file at all"
+        raise FileNotFoundError(f"{where} lacks {', '.join(missing)}; it has {have}")
+    return chosen
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(stated, dict):
+        raise ValueError(f"{path} holds a {type(stated).__name__}; need a JSON object")
+    return stated
+
+
+def read_config(part: str, folder: Path) -> Any:
+    """The config of a part of a folder. Raises ValueError naming the first field that these modules cannot have."""
+    path = folder / CONFIG_FILES[part]
+    stated = read_json(path)
+    try:
+        if part == "unet":
+            return unet_config(stated)
+        return vae_config(stated) if part == "vae" else clip_config(stated, folder / PREPROCESSOR_FILE)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the field {error.args[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def unet_config(stated: dict[str, Any]) -> UNetConfig:
+    """Block types become `attention`; a number of heads for all levels becomes one for each, equal widths one."""
+    down, up = (stated.pop(f"{way}_block_types") for way in ("down", "up"))
+    kinds = ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")
+    if not isinstance(down, list) or any(kind not in kinds for kind in down):
+        raise ValueError(f"down_block_types is {down}; need a list of {' and '.join(kinds)}")
+    if up != (mirrored := [kind.replace("Down", "Up") for kind in reversed(down)]):
+        raise ValueError(f"up_block_types is {up}; need down_block_types mirrored, {mirrored}")
+    for name in ("cross_attention_dim", "layers_per_block", "transformer_layers_per_block"):
+        value = stated.get(name)
+        if isinstance(value, list) and value == value[:1] * len(down):
+            stated[name] = value[0]
+    if isinstance(heads := stated["num_attention_heads"], int):
+        stated["num_attention_heads"] = [heads] * len(down)
+    ids_width = stated.pop("projection_class_embeddings_input_dim")
+    config = as_config(UNetConfig, {**stated, "attention": [kind == kinds[0] for kind in down]}, "unet")
+    if ids_width != 3 * config.addition_time_embed_dim:
+        raise ValueError(
+            f"projection_class_embeddings_input_dim is {ids_width}; need {3 * config.addition_time_embed_dim}, "
+            "three times addition_time_embed_dim"
+        )
+    return config
+
+
+def vae_config(stated: dict[str, Any]) -> VAEConfig:
+    kinds = stated.pop("down_block_types")
+    config = as_config(VAEConfig, stated, "vae")
+    if kinds != ["DownEncoderBlock2D"] * len(config.block_out_channels):
+        raise ValueError(f"down_block_types is {kinds}; need DownEncoderBlock2D, one for each of block_out_channels")
+    return config
+
+
+def clip_config(stated: dict[str, Any], preprocessor: Path) -> ClipConfig:
+    """`mean` and `std` are stated in another file, if at all."""
+    pixels = read_json(preprocessor) if preprocessor.is_file() else {}
+    mean, std = pixels.get("image_mean", [*ClipConfig.mean]), pixels.get("image_std", [*ClipConfig.std])
+    return as_config(ClipConfig, {**stated, "mean": mean, "std": std}, "clip")
+
+
+def as_config(cls: Any, stated: dict[str, Any], part: str) -> Any:
+    """The dataclass, all of whose fields must be stated, and nothing else that matters."""
+    known = {field.name: field for field in fields(cls)}
+    for name, value in stated.items():
+        if name in FIXED[part] and value != FIXED[part][name]:
+            raise ValueError(f"{name} is {value!r}; need {FIXED[part][name]!r}")
+        if not (name in known or name in FIXED[part] or name in IGNORED[part] or name.startswith("_")):
+            raise ValueError(f"{name} is {value!r}; no such field is known, so what it changes cannot be loaded")
+    return cls(**{name: typed(field, stated[name]) for name, field in known.items()})
+
+
+def typed(field: Any, value: Any) -> Any:
+    """A JSON value as the field of a config has it: lists become tuples. Raises ValueError for any other kind."""
+    default = field.default if isinstance(field.default, tuple) else (field.default,)
+    values, kind = value if isinstance(field.default, tuple) else [value], type(default[0])
+    any_length = get_args(field.type)[-1:] == (...,)
+    if (
+        not isinstance(values, list)
+        or not (any_length or len(values) == len(default))
+        or any(type(v) is not kind and not (kind is float and type(v) is int) for v in values)
+        or (kind is int and min(values, default=1) < 1)
+    ):
+        raise ValueError(f"{field.name} is {value!r}; need a value such as {field.default!r}")
+    return tuple(kind(v) for v in values) if isinstance(field.default, tuple) else kind(value)
+
+
+def read_generation(folder: Path, released: GenerationConfig | None) -> GenerationConfig:
+    """Those of the release, or of the one with as many frames; then what the folder itself states."""
+    known = {field.name: field for field in fields(GenerationConfig)}
+    unet, own, stated = folder / CONFIG_FILES["unet"], folder / GENERATION_FILE, {}
+    if released is None and unet.is_file():
+        stated["num_frames"] = read_json(unet).get("num_frames", GenerationConfig.num_frames)
+    base = released or (XT if stated.get("num_frames") == XT.num_frames else GenerationConfig())
+    stated |= read_json(own) if own.is_file() else {}
+    try:
+        if unknown := sorted(stated.keys() - known.keys()):
+            raise ValueError(f"{unknown[0]} is none of {', '.join(known)}")
+        return replace(base, **{name: typed(known[name], value) for name, value in stated.items()})
+    except ValueError as error:
+        raise ValueError(f"{own if own.is_file() else unet}: {error}") from error
+
+
+def check_together(configs: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the parts fit: the image's latent and noise into the UNet, the embedding into its TCA."""
+    unet, vae, clip = (configs.get(part) for part in PARTS)
+    pairs = []
+    if unet and vae:
+        pairs += [("in_channels", unet.in_channels, "twice the VAE's latent_channels", 2 * vae.latent_channels)]
+        pairs += [("out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels)]
+    if unet and clip:
+        pairs += [("cross_attention_dim", unet.cross_attention_dim, "CLIP's projection_dim", clip.projection_dim)]
+    for name, value, other, needed in pairs:
+        if value != needed:
+            raise ValueError(f"the UNet's {name} is {value}; need {other}, {needed}")

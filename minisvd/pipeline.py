@@ -1,0 +1,284 @@
+"""Image in, video out: encode the image, walk the noise levels, decode the frames.
+
+Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisvd.checkpoint import resolve
+from minisvd.clip import ImageEncoder
+from minisvd.config import GenerationConfig
+from minisvd.images import load_image
+from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, sample_euler
+from minisvd.unet import SpatioTemporalUNet
+from minisvd.vae import AutoencoderKLTemporalDecoder, SpatioTemporalResBlock
+from minisvd.video import Video
+
+ImageInput = Image.Image | str | Path | np.ndarray | Tensor
+Fit = Literal["crop", "pad", "stretch"]
+LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
+
+
+def check_settings(
+    *,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    fps: float | Sequence[float] = 7,
+    motion_bucket: float | Sequence[float] = 127,
+    noise_aug: float | Sequence[float] = 0.02,
+    guidance: tuple[float, float] | None = None,
+    cut_step: int | None = None,
+    stage2: str = "cond",
+    size: tuple[int, int] | None = None,
+    fit: str = "crop",
+    decode_chunk: int | None = None,
+) -> None:
+    """Raise ValueError, with the value and the remedy, for a setting that no model can run with.
+
+    Needs no model, so that it can come before loading one. None stands for the preset's value. Warns above motion
+    bucket 255, where training ended.
+    """
+    for name, count in (("num_frames", num_frames), ("steps", steps), ("decode_chunk", decode_chunk)):
+        if count is not None and (isinstance(count, float) or count < 1):
+            raise ValueError(f"{name} is {count}; need a whole number, at least 1")
+    for value in each(fps):
+        if not 2 <= value < math.inf:
+            raise ValueError(f"fps is {value}; need at least 2, because the model is told fps minus one")
+    for value in each(motion_bucket):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"motion_bucket is {value}; need 0 (still) to 255 (fast)")
+        if value > 255:
+            warnings.warn(f"motion_bucket is {value}; models were trained on 0 to 255", stacklevel=3)
+    for value in each(noise_aug):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"noise_aug is {value}; need a finite standard deviation, 0 or more (usually 0.02)")
+    if guidance is not None:
+        if len(guidance) != 2:
+            raise ValueError(f"guidance is {guidance}; need two numbers, (min, max)")
+        GuidanceSchedule(*guidance)
+    GuidanceSchedule(1.0, 1.0, cut_step)
+    if stage2 != "cond":
+        raise ValueError(f"stage2 is {stage2!r}; need 'cond': from cut_step on, the conditional branch alone")
+    if size is not None and (len(size) != 2 or not all(1 <= side <= LARGEST_SIDE for side in size)):
+        raise ValueError(f"size is {size}; need (width, height) in pixels, each from 1 to {LARGEST_SIDE}")
+    if fit not in ("crop", "pad", "stretch"):
+        raise ValueError(f"fit is {fit!r}; need 'crop', 'pad' or 'stretch'")
+
+
+def each(value: Any) -> list[Any]:
+    """A sequence's items, or the one number itself."""
+    return list(value) if isinstance(value, Sequence | Tensor) and not isinstance(value, str) else [value]
+
+
+class StableVideoDiffusion:
+    """A loaded model: `svd(image) -> Video`. Its parts `unet`, `vae` and `clip` can be used alone.
+
+    `source` and `layout` say where the weights came from; `generation` holds what a call leaves out.
+    """
+
+    def __init__(
+        self,
+        unet: SpatioTemporalUNet,
+        vae: AutoencoderKLTemporalDecoder,
+        clip: ImageEncoder,
+        generation: GenerationConfig,
+        source: str = "",
+        layout: str = "",
+    ) -> None:
+        self.unet, self.vae, self.clip = unet, vae, clip
+        self.generation, self.source, self.layout = generation, source, layout
+
+    @overload
+    def __call__(self, image: list[ImageInput], **settings: Any) -> list[Video]: ...
+    @overload
+    def __call__(self, image: Image.Image | str | Path | np.ndarray, **settings: Any) -> Video: ...
+    @overload
+    def __call__(self, image: Tensor, **settings: Any) -> Any: ...
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        image: Any,
+        *,
+        num_frames: int | None = None,
+        steps: int | None = None,
+        fps: float | Sequence[float] = 7,
+        motion_bucket: float | Sequence[float] = 127,
+        noise_aug: float | Sequence[float] = 0.02,
+        guidance: tuple[float, float] | None = None,
+        cut_step: int | None = None,
+        stage2: str = "cond",
+        sigmas: Tensor | None = None,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | None = None,
+        aug_noise: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        fit: Fit = "crop",
+        decode_chunk: int | None = None,
+        callback: Callable[[int, Tensor, Tensor], object] | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """A video of `num_frames` frames that starts from the image.
+
+        image          PIL image, path, array, or float tensor [3,H,W] in [-1,1]: one Video.
+                       Tensor [b,3,H,W]: a list of b, sampled as one batch. List: a list, sampled one after another.
+        fps            frames a second of the result; the model is told fps - 1
+        motion_bucket  0 (still) to 255 (fast)
+        noise_aug      standard deviation of the noise added to the image in [-1,1] before the VAE; CLIP sees it clean
+        guidance       (scale of the first frame, of the last), linear between; (1, 1) is none
+        cut_step       guided while step < cut_step, one conditional branch from there on; None: guided throughout
+        sigmas         noise levels [steps+1] that fall to 0, instead of `edm_sigmas(steps)`
+        seed           of the two draws below, made on the CPU, the same on every device; each row of a batch draws
+                       from its own generator, so that it is what it would be alone
+        noise          [b,t,4,h,w], unit variance, and aug_noise [b,3,H,W]: instead of the seeded draws
+        size           (width, height) in pixels; `fit` is how an image of another shape gets there: crop, pad, stretch
+        decode_chunk   frames in the decoder at a time: memory, not result
+        callback       (step from 1, sigma reached, latents [b,t,4,h,w])
+        progress       bars over steps and decoding, on stderr
+
+        `fps`, `motion_bucket`, `noise_aug` and `seed` may be one value or one for each image. What is None comes from
+        `self.generation`. Raises ValueError or FileNotFoundError for any input that cannot work, before any long work.
+        """
+        defaults = self.generation
+        num_frames = defaults.num_frames if num_frames is None else num_frames
+        size = defaults.size if size is None else size
+        guidance = defaults.guidance if guidance is None else guidance
+        steps = (defaults.steps if steps is None else steps) if sigmas is None else len(sigmas) - 1
+        decode_chunk = defaults.decode_chunk if decode_chunk is None else decode_chunk
+        check_settings(
+            num_frames=num_frames, steps=steps, fps=fps, motion_bucket=motion_bucket, noise_aug=noise_aug,
+            guidance=guidance, cut_step=cut_step, stage2=stage2, size=size, fit=fit, decode_chunk=decode_chunk,
+        )  # fmt: skip
+        self.check_size(size)
+        sigmas = edm_sigmas(steps) if sigmas is None else checked_sigmas(sigmas)
+        if isinstance(image, list) and not image:
+            raise ValueError("the list of images is empty; need at least one")
+        batches = [load_image(one, size, fit) for one in (image if isinstance(image, list) else [image])]
+        pixels = torch.cat(batches)
+
+        b, (width, height), factor = len(pixels), size, self.vae.config.factor
+        fps = per_row("fps", fps, b)
+        numbers = [fps, per_row("motion_bucket", motion_bucket, b), per_row("noise_aug", noise_aug, b)]
+        added_time_ids = torch.tensor(numbers, dtype=torch.float32).T - torch.tensor([1, 0, 0])
+        generators = [torch.Generator().manual_seed(int(value)) for value in per_row("seed", seed, b)]
+        aug_noise = drawn("aug_noise", aug_noise, (3, height, width), generators)
+        shape = (num_frames, self.unet.config.out_channels, height // factor, width // factor)
+        noise = drawn("noise", noise, shape, generators)
+
+        schedule, videos = GuidanceSchedule(*guidance, cut_step=cut_step), []
+        for rows in torch.arange(b).split([len(batch) for batch in batches]):
+            given = (tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise))
+            latents = self.denoise(*given, sigmas, schedule, callback, progress)
+            with decoding_bar(self.vae, progress):
+                frames = self.vae.decode(latents, decode_chunk)
+            frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
+            videos += [Video(frames[i], fps=float(fps[row])) for i, row in enumerate(rows)]
+        return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
+
+    def denoise(
+        self,
+        pixels: Tensor,
+        added_time_ids: Tensor,
+        aug_noise: Tensor,
+        noise: Tensor,
+        sigmas: Tensor,
+        schedule: GuidanceSchedule,
+        callback: Callable[[int, Tensor, Tensor], object] | None,
+        progress: bool,
+    ) -> Tensor:
+        """One batch of images [b,3,H,W] -> latents [b,t,4,h,w], with a bar over the steps."""
+        embeds = self.clip(pixels)
+        latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
+        denoise = guided_denoiser(self.unet, embeds, latent, added_time_ids, schedule)
+        with tqdm(total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress) as bar:
+
+            def after_step(step: int, sigma: Tensor, latents: Tensor) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(step, sigma, latents)
+
+            return sample_euler(denoise, noise, sigmas, after_step)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vae.quant_conv.weight.device
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError unless both sides of (width, height) are multiples of the model's total stride."""
+        stride = self.vae.config.factor * self.unet.config.stride
+        if any(side % stride for side in size):
+            near = tuple(max(stride, round(side / stride) * stride) for side in size)
+            raise ValueError(f"size is {size[0]}x{size[1]}; need multiples of {stride}, such as {near[0]}x{near[1]}")
+
+
+def per_row(name: str, value: Any, b: int) -> list[Any]:
+    """One value for each of b rows."""
+    values = each(value)
+    if len(values) not in (1, b):
+        raise ValueError(f"{name} has {len(values)} values for a batch of {b}; need one, or one for each")
+    return values * (b // len(values)) if len(values) == 1 else values
+
+
+def drawn(name: str, given: Tensor | None, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Unit noise of one `shape` a row: as given, else drawn row by row."""
+    if given is None:
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    if given.shape != (len(generators), *shape):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; need {(len(generators), *shape)}")
+    return given.float()
+
+
+def checked_sigmas(sigmas: Tensor) -> Tensor:
+    """Noise levels that fall strictly, from a finite one to 0."""
+    if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] != 0 or not (sigmas.diff() < 0).all() or sigmas[0].isinf():
+        raise ValueError(f"sigmas are {sigmas.tolist()}; need at least two finite levels that fall strictly to 0")
+    return sigmas
+
+
+@contextmanager
+def decoding_bar(vae: nn.Module, progress: bool) -> Iterator[None]:
+    """A bar that advances with each of the decoder's spatio-temporal blocks."""
+    blocks = [module for module in vae.modules() if isinstance(module, SpatioTemporalResBlock)]
+    with tqdm(total=len(blocks), desc="decoding ", unit="block", disable=not progress) as bar:
+        hooks = [block.register_forward_hook(lambda *_: advance(bar)) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def advance(bar: tqdm) -> None:
+    """One block more. A hook's result would replace the block's, so there is none."""
+    bar.update()
+
+
+def load(
+    source: str | Path = "tiny",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> StableVideoDiffusion:
+    """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
+
+    `variant` ("fp16") chooses among a folder's files, `revision` among a hub repository's commits; `offline` uses
+    only what was downloaded before. Raises ValueError or FileNotFoundError with one sentence on what to do.
+    """
+    checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
+    parts = checkpoint.load(device=device, dtype=dtype)
+    return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -1,0 +1,89 @@
+"""Shared ground: a tiny random pipeline that diffusers made and saved, for minisvd to load."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+UNET = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
+    "up_block_types": ("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
+    "num_attention_heads": (2, 4, 4),
+    "cross_attention_dim": 48,
+    "addition_time_embed_dim": 16,
+    "projection_class_embeddings_input_dim": 48,
+    "num_frames": 3,
+}
+VAE = {
+    "block_out_channels": (32, 32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "force_upcast": False,
+}
+CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 224,  # diffusers resizes to nothing else
+    "patch_size": 56,
+    "projection_dim": 48,
+    "hidden_act": "gelu",
+}
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Leave no parameter at zero or one, where a wrong use of it would not show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def original_eps(unet: DiffusersUNet) -> DiffusersUNet:
+    """The eps of the original training code in every residual block; diffusers runs most of them at 1e-6."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
+            module.norm1.eps = module.norm2.eps = 1e-5
+    return unet
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over largest magnitude."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipeline() -> StableVideoDiffusionPipeline:
+    torch.manual_seed(0)
+    pipeline = StableVideoDiffusionPipeline(
+        vae=randomised(AutoencoderKLTemporalDecoder(**VAE)),
+        image_encoder=randomised(CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP))),
+        unet=original_eps(randomised(DiffusersUNet(**UNET))),
+        scheduler=EulerDiscreteScheduler(
+            prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
+            timestep_type="continuous", timestep_spacing="leading", interpolation_type="linear",
+        ),
+        feature_extractor=CLIPImageProcessor(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(diffusers_pipeline: StableVideoDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pipeline as diffusers saves it: 64x64 pixels fit it, sides are multiples of 32."""
+    folder = tmp_path_factory.mktemp("tiny")
+    diffusers_pipeline.save_pretrained(folder)
+    return folder

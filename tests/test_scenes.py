@@ -1,0 +1,72 @@
+"""Proposition: the right video is knowable. `scenes.track` recovers from the frames alone what a clip was made with:
+the shape's path to a pixel, its colour, its class, its heading and its speed, over the whole range of scenes.
+
+Controls: on a clip in another order, or of the backdrop alone, the same measurement does not.
+"""
+
+import numpy as np
+import scenes
+
+
+def clips(count: int, seed: int) -> list[tuple[scenes.Scene, int, int, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [scenes.random_clip(rng) for _ in range(count)]
+
+
+def test_track_recovers_the_truth() -> None:
+    place, colour, turn, pace = [], [], [], []
+    for scene, fps, bucket, frames in clips(200, seed=1):
+        truth, found = scenes.path(scene, bucket, fps), scenes.track(frames, scene)
+        place.append(np.abs(found.positions - truth).max())
+        colour.append(np.abs(found.rgb - scene.rgb).max())
+        pace.append(abs(found.speed - scenes.speed(bucket) / fps))
+        assert found.shape == scene.shape
+        if bucket > 50:  # a shape that hardly moves shows its heading by its nose, not by its path
+            turn.append(scenes.angle_between(found.heading, scene.heading))
+    print(f"largest errors: {max(place):.2f} px, colour {max(colour):.4f}, {max(turn):.3f} rad, {max(pace):.3f} px/frame")
+    assert max(place) < 1
+    assert max(colour) < 0.01
+    assert max(turn) < 0.1
+    assert max(pace) < 0.15
+
+
+def test_a_shuffled_clip_loses_heading_and_speed() -> None:
+    order = [3, 0, 6, 1, 7, 2, 5, 4]
+    fast = [(scene, frames) for scene, _, bucket, frames in clips(100, seed=2) if bucket > 50]
+    turns = [scenes.angle_between(scenes.track(frames[order], scene).heading, scene.heading) for scene, frames in fast]
+    paces = [scenes.track(frames[order], scene).speed / scenes.track(frames, scene).speed for scene, frames in fast]
+    print(f"smallest slowing by shuffling: to {max(paces):.2f} of the speed")
+    assert max(paces) < 0.7
+    reverse = [scenes.angle_between(scenes.track(frames[::-1], scene).heading, scene.heading) for scene, frames in fast]
+    assert min(reverse) > np.pi - 0.1 > max(turns)
+
+
+def test_an_empty_backdrop_has_no_shape() -> None:
+    for scene, *_ in clips(50, seed=3):
+        empty = scenes.render(scene, np.full((scenes.FRAMES, 2), 1000.0))
+        found = scenes.track(empty, scene)
+        assert np.isnan(found.positions).all()
+        assert found.shape is None
+
+
+def test_every_path_stays_in_frame() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(1000):
+        places = scenes.path(scenes.random_scene(rng), motion_bucket=255, fps=scenes.FPS[0])
+        assert places.min() >= scenes.MARGIN - 1e-6
+        assert places.max() <= scenes.SIZE - scenes.MARGIN + 1e-6
+
+
+def test_the_heading_is_in_the_first_frame() -> None:
+    """Turning a scene's heading changes its first frame; the fps and the bucket, which no still shows, do not."""
+    for scene, fps, bucket, frames in clips(20, seed=5):
+        still = scenes.render(scene, scenes.path(scene, 0, fps)[:1])
+        assert np.array_equal(frames[:1], still), (fps, bucket)
+        turned = scenes.render(scenes.replace(scene, heading=scene.heading + np.pi / 4), scenes.path(scene, 0, fps)[:1])
+        assert np.abs(turned.astype(int) - still).max() > 100
+
+
+def test_captions_name_what_is_seen() -> None:
+    scene = scenes.random_scene(np.random.default_rng(6))
+    named = scenes.replace(scene, shape="star", colour="orange", heading=-3 * np.pi / 4)
+    assert scenes.caption(named).startswith("an orange star moving up left over a")
