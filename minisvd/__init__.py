@@ -1,38 +1,61 @@
 """Stable Video Diffusion in a few readable files. Start with `attention.py`, then `unet.py`.
 
-    import minisvd
+import minisvd
 
-    svd = minisvd.load("tiny")
-    svd("photo.png", seed=0).save("clip.mp4")
+svd = minisvd.load("tiny")
+svd("photo.png", seed=0).save("clip.mp4")
 """
 
-from minisvd.checkpoint import load_unet
-from minisvd.clip import ImageEncoder
-from minisvd.config import PRESETS, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
-from minisvd.pipeline import StableVideoDiffusion, load
-from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, preconditioning, sample_euler
-from minisvd.unet import SpatioTemporalUNet
-from minisvd.vae import AutoencoderKLTemporalDecoder
-from minisvd.video import Video
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PRESETS",
-    "AutoencoderKLTemporalDecoder",
-    "ClipConfig",
-    "GenerationConfig",
-    "GuidanceSchedule",
-    "ImageEncoder",
-    "SpatioTemporalUNet",
-    "StableVideoDiffusion",
-    "UNetConfig",
-    "VAEConfig",
-    "Video",
-    "edm_sigmas",
-    "guided_denoiser",
-    "load",
-    "load_unet",
-    "preconditioning",
-    "sample_euler",
-]
+HOME = {  # the module of each public name; torch is imported by the first name that is used
+    "PRESETS": "config",
+    "AutoencoderKLTemporalDecoder": "vae",
+    "ClipConfig": "config",
+    "GenerationConfig": "config",
+    "GuidanceSchedule": "sampler",
+    "ImageEncoder": "clip",
+    "SpatioTemporalUNet": "unet",
+    "StableVideoDiffusion": "pipeline",
+    "UNetConfig": "config",
+    "VAEConfig": "config",
+    "Video": "video",
+    "edm_sigmas": "sampler",
+    "guided_denoiser": "sampler",
+    "load": "pipeline",
+    "load_unet": "checkpoint",
+    "preconditioning": "sampler",
+    "sample_euler": "sampler",
+}
+
+if TYPE_CHECKING:  # the same for type checkers and editors
+    from minisvd.checkpoint import load_unet as load_unet
+    from minisvd.clip import ImageEncoder as ImageEncoder
+    from minisvd.config import PRESETS as PRESETS
+    from minisvd.config import ClipConfig as ClipConfig
+    from minisvd.config import GenerationConfig as GenerationConfig
+    from minisvd.config import UNetConfig as UNetConfig
+    from minisvd.config import VAEConfig as VAEConfig
+    from minisvd.pipeline import StableVideoDiffusion as StableVideoDiffusion
+    from minisvd.pipeline import load as load
+    from minisvd.sampler import GuidanceSchedule as GuidanceSchedule
+    from minisvd.sampler import edm_sigmas as edm_sigmas
+    from minisvd.sampler import guided_denoiser as guided_denoiser
+    from minisvd.sampler import preconditioning as preconditioning
+    from minisvd.sampler import sample_euler as sample_euler
+    from minisvd.unet import SpatioTemporalUNet as SpatioTemporalUNet
+    from minisvd.vae import AutoencoderKLTemporalDecoder as AutoencoderKLTemporalDecoder
+    from minisvd.video import Video as Video
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module 'minisvd' has no attribute {name!r}")
+    return getattr(import_module(f"minisvd.{HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOME})

@@ -233,15 +233,16 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     """The local snapshot of a hub repository: its configs and, of `parts`, one variant of the weights."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download  # slow to import, often not needed
 
-    page = f"{constants.ENDPOINT}/{hub_id}"
+    page, names = f"{constants.ENDPOINT}/{hub_id}", []
     patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
     try:
         try:
-            names = [] if offline or constants.HF_HUB_OFFLINE else HfApi().list_repo_files(hub_id, revision=revision)
+            if not offline:
+                names = [file.rfilename for file in HfApi().model_info(hub_id, revision=revision).siblings or []]
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
-        except Exception:  # no connection, in the words of whichever HTTP library the hub's client uses
-            names = []
+        except Exception:  # offline or no connection, in the words of whichever HTTP library the hub's client uses
+            pass
         if names:
             patterns += choose(names, parts, variant, hub_id).values()
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not names))

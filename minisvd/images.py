@@ -115,8 +115,6 @@ def _check_tensor(image: Tensor) -> Tensor:
 
 
 def _fit_picture(picture: Image.Image, size: Size, fit: str) -> Image.Image:
-    if picture.size == tuple(size):
-        return picture
     box, inner = _geometry(picture.size, size, fit)
     canvas = Image.new("RGB", size, "black")
     canvas.paste(picture.resize(inner, Image.Resampling.LANCZOS, box=box), _centred(inner, size))

@@ -46,12 +46,12 @@ VAE_FILE_GATHER: list[Gather] = [  # its attention was written with 1x1 convolut
     (r".*attentions\.0\.to_.*weight", (r"\g<0>",), lambda w: rearrange(w, "o i 1 1 -> o i"))
 ]
 
-OWNED = {  # the single file holds all three parts; these names are theirs
+OWNED = {  # the single file holds all three parts, each under names of its own
     "unet": r"model\.diffusion_model\.",
     "vae": r"first_stage_model\.decoder\.|conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\.",
     "clip": r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
 }
-DROPPED = {  # what no part needs: an index buffer; a second image encoder, a second decoder, the text tower
+DROPPED = {  # what no part needs: an index buffer; the halves of two VAEs that are never run, CLIP's text half
     FOLDER: r"vision_model\.embeddings\.position_ids$",
     SINGLE_FILE: r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
     r"conditioner\.embedders\.0\.open_clip\.model\."
@@ -130,7 +130,7 @@ def rules(part: str, layout: str, config: Any) -> tuple[list[Gather], list[Renam
     return (VAE_FILE_GATHER, vae_file_rename(config)) if part == "vae" else ([], CLIP_FILE_RENAME)
 
 
-def sources(name: str, gather: list[Gather], rename: list[Rename]) -> tuple[list[str], Callable[..., Tensor]]:
+def sources(name: str, gather: list[Gather], rename: list[Rename]) -> tuple[list[str], Join]:
     """The tensors that the parameter `name` is made of, and the function that makes it of them."""
     names, join = [name], lambda tensor: tensor
     for pattern, templates, function in gather:

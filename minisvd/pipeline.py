@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from tqdm import tqdm
 from minisvd.checkpoint import resolve
 from minisvd.clip import ImageEncoder
 from minisvd.config import GenerationConfig
-from minisvd.images import load_image
+from minisvd.images import FITS, ImageLike, load_image
 from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, sample_euler
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder, SpatioTemporalResBlock
 from minisvd.video import Video
 
-ImageInput = Image.Image | str | Path | np.ndarray | Tensor
-Fit = Literal["crop", "pad", "stretch"]
 LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
 
 
@@ -72,8 +70,8 @@ def check_settings(
         raise ValueError(f"stage2 is {stage2!r}; need 'cond': from cut_step on, the conditional branch alone")
     if size is not None and (len(size) != 2 or not all(1 <= side <= LARGEST_SIDE for side in size)):
         raise ValueError(f"size is {size}; need (width, height) in pixels, each from 1 to {LARGEST_SIDE}")
-    if fit not in ("crop", "pad", "stretch"):
-        raise ValueError(f"fit is {fit!r}; need 'crop', 'pad' or 'stretch'")
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; need one of {', '.join(FITS)}")
 
 
 def each(value: Any) -> list[Any]:
@@ -100,7 +98,7 @@ class StableVideoDiffusion:
         self.generation, self.source, self.layout = generation, source, layout
 
     @overload
-    def __call__(self, image: list[ImageInput], **settings: Any) -> list[Video]: ...
+    def __call__(self, image: list[ImageLike], **settings: Any) -> list[Video]: ...
     @overload
     def __call__(self, image: Image.Image | str | Path | np.ndarray, **settings: Any) -> Video: ...
     @overload
@@ -124,7 +122,7 @@ class StableVideoDiffusion:
         noise: Tensor | None = None,
         aug_noise: Tensor | None = None,
         size: tuple[int, int] | None = None,
-        fit: Fit = "crop",
+        fit: str = "crop",
         decode_chunk: int | None = None,
         callback: Callable[[int, Tensor, Tensor], object] | None = None,
         progress: bool = True,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `check_output` is to ans
     from torch import Tensor
 
 BT709 = 1  # the colour matrix, primaries and transfer of HD video, as H.264 numbers them
-LIMITED_RANGE = 1  # luma in 16..235, what players expect of yuv420p
 NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 
 
@@ -125,7 +124,6 @@ def _write_mp4(video: Video, path: Path) -> None:
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")

@@ -144,9 +144,7 @@ def write_single_file(path: Path, modules: dict[str, nn.Module]) -> Path:
 def published(layout: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """Name -> shape of every tensor of a published layout, by part; all three share the tensors of a single file."""
     name = {FOLDER: "diffusers_folder", SINGLE_FILE: "single_file"}[layout]
-    listed = json.loads(gzip.decompress((LAYOUTS / f"{name}.json.gz").read_bytes()))
-    if layout == FOLDER:
-        listed = {"unet": listed["unet"], "vae": listed["vae"], "clip": listed["image_encoder"]}
-    else:
-        listed = dict.fromkeys(SMALL, listed)
-    return {part: {name: tuple(shape) for name, shape in tensors.items()} for part, tensors in listed.items()}
+    listed: dict[str, Any] = json.loads(gzip.decompress((LAYOUTS / f"{name}.json.gz").read_bytes()))
+    folders = {"unet": "unet", "vae": "vae", "clip": "image_encoder"}
+    by_part = {part: listed[folder] if layout == FOLDER else listed for part, folder in folders.items()}
+    return {part: {name: tuple(shape) for name, shape in tensors.items()} for part, tensors in by_part.items()}

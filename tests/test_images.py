@@ -192,13 +192,13 @@ def test_crop_and_pad_are_centred_and_keep_squares_square(as_tensor: bool) -> No
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_shrinking_is_antialiased(as_tensor: bool) -> None:
-    """One-pixel stripes of black and white shrink to grey, within 12 of 127.5; taking every eighth pixel would not."""
+    """White columns, one in eight, shrink to an eighth of white, within 12; reading single pixels gives 0 or 255."""
     array = np.zeros((64, 64, 3), dtype=np.uint8)
-    array[:, ::2] = 255
+    array[:, 3::8] = 255
     image = torch.from_numpy(array).movedim(-1, 0) / 127.5 - 1 if as_tensor else array
     small = load_image(image, (8, 8))
-    assert largest_difference(small, np.full((8, 8, 3), 127.5)) < 12
-    assert np.abs(array[::8, ::8] - 127.5).min() > 127
+    assert largest_difference(small, np.full((8, 8, 3), 255 / 8)) < 12
+    assert np.abs(array[::8, 3::8] - 255 / 8).min() > 200
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -268,4 +268,11 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path, monkeypatch: pytest.
             load_image(cut, (8, 8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 3)
     with pytest.raises(ValueError, match=r"whole\.png has too many pixels"):
+        load_image(tmp_path / "whole.png", (8, 8))
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", forbidden)  # root may read any file
+    with pytest.raises(PermissionError, match=r"whole\.png may not be read: check its permissions"):
         load_image(tmp_path / "whole.png", (8, 8))

@@ -1,4 +1,4 @@
-"""Theorem: a call is a function of its arguments: rows of a batch do not meet, seeds reproduce, bad input is refused."""
+"""Theorem: a call is a function of its arguments: batch rows do not meet, seeds reproduce, bad input is refused."""
 
 import re
 from pathlib import Path

@@ -5,6 +5,7 @@ Controls: on a clip in another order, or of the backdrop alone, the same measure
 """
 
 import numpy as np
+
 import scenes
 
 
@@ -23,7 +24,9 @@ def test_track_recovers_the_truth() -> None:
         assert found.shape == scene.shape
         if bucket > 50:  # a shape that hardly moves shows its heading by its nose, not by its path
             turn.append(scenes.angle_between(found.heading, scene.heading))
-    print(f"largest errors: {max(place):.2f} px, colour {max(colour):.4f}, {max(turn):.3f} rad, {max(pace):.3f} px/frame")
+    print(
+        f"largest errors: {max(place):.2f} px, colour {max(colour):.4f}, {max(turn):.3f} rad, {max(pace):.3f} px/frame"
+    )
     assert max(place) < 1
     assert max(colour) < 0.01
     assert max(turn) < 0.1

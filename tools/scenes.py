@@ -230,7 +230,8 @@ def _coverage(scene: Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarr
     tail = np.maximum(np.abs(across) - tail_width * (along - tail_end) / -tail_end, along)
     nose = np.hypot(along - 0.8, across) - 0.36
     body = _star_distance(x, y, scene.shape)
-    return tuple(np.clip(0.5 - r * distance, 0, 1).astype(np.float32) for distance in (body, tail, nose))
+    body, tail, nose = (np.clip(0.5 - r * distance, 0, 1).astype(np.float32) for distance in (body, tail, nose))
+    return body, tail, nose
 
 
 def _backdrop(background: Background) -> np.ndarray:

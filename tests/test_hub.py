@@ -1,0 +1,253 @@
+"""A hub id is one variant of the weights, downloaded once; whatever stands in the way is one sentence.
+
+The hub is a server on this machine, spoken to by the hub's own client. The client reads where the hub is when it is
+imported, so the two of it, one told to stay offline, are processes of their own, with one cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint_files import small_modules, write_folder
+from minisvd.folder import CONFIG_FILES, STEMS
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PLAIN = [f"{stem}.safetensors" for stem in STEMS.values()]
+FP16 = [f"{stem}.fp16.safetensors" for stem in STEMS.values()]
+CONFIGS = {*CONFIG_FILES.values(), "generation_config.json"}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for: repositories are folders, `requested` lists the files it sent."""
+
+    folder: Path
+    requested: list[str]
+
+    def do_HEAD(self) -> None:
+        self.respond(body_wanted=False)
+
+    def do_GET(self) -> None:
+        self.respond(body_wanted=True)
+
+    def respond(self, body_wanted: bool) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        api = parts[0] == "api"
+        owner, name, verb, revision, *rest = [*(parts[2:] if api else parts), "", "", "", ""]
+        folder, file = self.folder / owner / name, "/".join(filter(None, rest))
+        if not folder.is_dir():
+            return self.fail(401, "RepoNotFound")
+        if revision not in ("main", COMMIT, ""):
+            return self.fail(404, "RevisionNotFound")
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        if api and verb == "tree":
+            sizes = {name: (folder / name).stat().st_size for name in names}
+            tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
+            return self.send(json.dumps(tree).encode(), body_wanted)
+        if api:
+            info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            return self.send(json.dumps(info).encode(), body_wanted)
+        if name == "gated":
+            return self.fail(403, "GatedRepo")
+        if body_wanted:
+            self.requested.append(file)
+        return self.send((folder / file).read_bytes(), body_wanted)
+
+    def send(self, body: bytes, body_wanted: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body_wanted:
+            self.wfile.write(body)
+
+    def fail(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+CLIENT = """
+import json, sys
+from minisvd.checkpoint import load_unet, resolve
+
+for line in sys.stdin:
+    name, source, options = json.loads(line)
+    try:
+        if name == "load_unet":
+            answer = sum(p.double().sum().item() for p in load_unet(source, **options).parameters())
+        else:
+            found = resolve(source, **options)
+            files = [file.relative_to(found.path).as_posix() for file in found.files.values()]
+            answer = [*files, found.generation.steps]
+    except (ValueError, FileNotFoundError) as error:
+        answer = f"{type(error).__name__}: {error}"
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Client:
+    """A process that answers calls with what was found, or with the error."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.home, self.errors = home, open(home / f"stderr-{environment['HF_HUB_OFFLINE']}", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment,
+        )
+
+    def __call__(self, name: str, source: str, **options: Any) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([name, source, options]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def cached(self) -> set[str]:
+        """Every file of every repository in the cache."""
+        snapshots = self.home.glob("hub/models--*/snapshots/*")
+        return {p.relative_to(s).as_posix() for s in snapshots for p in s.rglob("*") if p.is_file()}
+
+    def close(self) -> None:
+        self.process.communicate()
+        self.errors.close()
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One as the published ones are: both variants, and larger files of the same weights beside them."""
+    folder, modules = tmp_path_factory.mktemp("hub"), small_modules()
+    for variant in (None, "fp16"):
+        write_folder(folder / "someone" / "svd", modules, variant)
+    (folder / "someone/svd/generation_config.json").write_text('{"steps": 3}')
+    for name in ("svd.safetensors", "svd_image_decoder.safetensors", "unet/diffusion_pytorch_model.bin", "README.md"):
+        (folder / "someone/svd" / name).write_bytes(b"large")
+    write_folder(folder / "someone" / "gated", modules)
+    (folder / "someone/pickles").mkdir()
+    for name in (*CONFIG_FILES.values(), *(f"{stem}.bin" for stem in STEMS.values())):
+        (folder / "someone/pickles" / name).parent.mkdir(exist_ok=True)
+        (folder / "someone/pickles" / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def clients(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Client]]:
+    home = tmp_path_factory.mktemp("home")
+    both = [Client(home, HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HUB_OFFLINE=offline) for offline in "01"]
+    yield both[0], both[1]
+    for client in both:
+        client.close()
+
+
+@pytest.fixture
+def online(clients: tuple[Client, Client]) -> Client:
+    """With nothing in the cache."""
+    shutil.rmtree(clients[0].home / "hub", ignore_errors=True)
+    return clients[0]
+
+
+@pytest.fixture
+def offline(clients: tuple[Client, Client]) -> Client:
+    return clients[1]
+
+
+@contextmanager
+def serving(repositories: Path, port: int) -> Iterator[list[str]]:
+    """The hub, while it can be reached; yields the files that it has sent."""
+    handler = type("ThisHub", (Hub,), {"folder": repositories, "requested": []})
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield handler.requested
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_one_variant_is_downloaded_once_and_found_without_a_connection(
+    repositories: Path, port: int, online: Client, offline: Client
+) -> None:
+    """Online; again, nothing new; then with the hub gone, by `offline`, and by HF_HUB_OFFLINE."""
+    with serving(repositories, port) as sent:
+        total = online("load_unet", "someone/svd")
+        assert total == sum(p.double().sum().item() for p in small_modules()["unet"].parameters())
+        assert online.cached() == set(sent) == CONFIGS | {f"{STEMS['unet']}.safetensors"}, "one part alone"
+        for revision in (None, "main", COMMIT):
+            assert online("resolve", "someone/svd", revision=revision) == [*PLAIN, 3]
+        assert online.cached() == set(sent) == CONFIGS | {*PLAIN}
+        assert len(sent) == len(set(sent)), "nothing twice"
+        assert offline("resolve", "someone/svd") == [*PLAIN, 3]
+        assert online("resolve", "someone/svd", offline=True) == [*PLAIN, 3]
+        assert len(sent) == len(set(sent))
+    assert "Fetching" in Path(online.errors.name).read_text(), "the hub's progress bars are on"
+    assert online("resolve", "someone/svd") == [*PLAIN, 3]
+    for client in (online, offline):
+        fp16 = client("resolve", "someone/svd", variant="fp16")
+        assert "lacks unet/diffusion_pytorch_model.fp16.safetensors" in fp16
+        other = client("resolve", "someone/else")
+        assert other.startswith("FileNotFoundError: someone/else is not in the local cache: run once with http")
+
+
+def test_the_named_variant_and_no_other_is_downloaded(
+    repositories: Path, port: int, online: Client, offline: Client
+) -> None:
+    """And found again when no variant is named. The control is the plain files of the test above."""
+    with serving(repositories, port):
+        assert online("resolve", "someone/svd", variant="fp16") == [*FP16, 3]
+    assert online.cached() == CONFIGS | {*FP16}
+    assert offline("resolve", "someone/svd") == [*FP16, 3]
+
+
+def test_what_the_hub_refuses_is_one_sentence_that_says_what_to_do(
+    repositories: Path, port: int, online: Client
+) -> None:
+    """And nothing is downloaded."""
+    hub, xt = f"http://127.0.0.1:{port}", "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
+    with serving(repositories, port) as sent:
+        assert online("resolve", "someone/missing") == (
+            f"ValueError: {hub}/someone/missing does not exist or is private: check the name, or run `hf auth login`"
+        )
+        assert online("resolve", "svd-xt-1-1") == (  # a preset is a hub id
+            f"ValueError: {hub}/{xt} does not exist or is private: check the name, or run `hf auth login`"
+        )
+        assert online("resolve", "someone/gated") == (
+            f"ValueError: someone/gated is gated: accept its licence at {hub}/someone/gated and run `hf auth login`"
+        )
+        assert online("resolve", "someone/svd", revision="v9") == (
+            f"ValueError: someone/svd has no revision 'v9': see {hub}/someone/svd/tree/main for those it has"
+        )
+        variant = online("resolve", "someone/svd", variant="bf16")
+        assert variant.startswith("FileNotFoundError: someone/svd lacks unet/diffusion_pytorch_model.bf16.safetensors")
+        pickles = online("resolve", "someone/pickles")
+        assert pickles.startswith("ValueError: someone/pickles/unet/diffusion_pytorch_model.bin is a pickle, which can")
+        assert "\n" not in variant + pickles
+    assert not sent
+    assert not online.cached()
