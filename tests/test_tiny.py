@@ -1,0 +1,87 @@
+"""Theorem: the shipped model is right: the shape keeps its look, goes where it points, further in a larger bucket.
+
+Ten scenes from a seed that training never used; the right answer is known, so every video is measured.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minisvd
+import scenes
+from minisvd import Video
+
+FOLDER = Path(__file__).parent.parent / "weights" / "tiny"
+SLOW, FAST = 90, 230
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[scenes.Scene]:
+    rng = np.random.default_rng(20_240_727)
+    return [scenes.random_scene(rng) for _ in range(10)]
+
+
+@pytest.fixture(scope="module")
+def first_frames(drawn) -> torch.Tensor:
+    frames = [scenes.render(scene, np.array([[scene.x, scene.y]]))[0] for scene in drawn]
+    return torch.from_numpy(scenes.to_unit(np.stack(frames)))
+
+
+@pytest.fixture(scope="module")
+def videos(first_frames) -> dict[int, list[Video]]:
+    svd = minisvd.load("tiny")
+    return {bucket: svd(first_frames, motion_bucket=bucket, seed=0, progress=False) for bucket in (SLOW, FAST)}
+
+
+def is_right(video: np.ndarray, scene: scenes.Scene) -> bool:
+    """Found in every frame, colour within 0.1 (RGB, L2), same shape, heading within 30 degrees."""
+    track = scenes.track(video, scene)
+    return (
+        not np.isnan(track.positions).any()
+        and float(np.linalg.norm(track.rgb - scene.rgb)) <= 0.1
+        and track.shape == scene.shape
+        and scenes.angle_between(track.heading, scene.heading) <= math.radians(30)
+    )
+
+
+def test_shapes_keep_their_look_and_move_where_they_point(drawn, videos):
+    right = [is_right(video.frames.numpy(), scene) for video, scene in zip(videos[FAST], drawn, strict=True)]
+    print(f"{sum(right)} of {len(right)} right")
+    assert sum(right) >= 8
+
+    backwards = [is_right(video.frames.numpy()[::-1], scene) for video, scene in zip(videos[FAST], drawn, strict=True)]
+    assert sum(backwards) <= 2  # control: the same frames in reverse move where the tail points
+    other = [is_right(video.frames.numpy(), scene) for video, scene in zip(videos[FAST], drawn[1:], strict=False)]
+    assert sum(other) <= 2  # control: measured against another scene
+
+
+def test_a_larger_motion_bucket_moves_further(drawn, videos):
+    """In at least 8 of 10, by at least half of the difference that the buckets ask for."""
+    paces = {
+        b: [scenes.track(v.frames.numpy(), s).speed for v, s in zip(videos[b], drawn, strict=True)] for b in videos
+    }
+    asked = (scenes.speed(FAST) - scenes.speed(SLOW)) / 7
+    further = [fast - slow >= asked / 2 for slow, fast in zip(paces[SLOW], paces[FAST], strict=True)]
+    print("pixels a frame:", {b: [f"{pace:.1f}" for pace in paces[b]] for b in paces}, f"asked difference {asked:.1f}")
+    assert sum(further) >= 8
+
+
+def test_videos_start_from_their_image(first_frames, videos):
+    """The first frame is nearer to its own image than to any other."""
+    frames = torch.stack([video.frames[0] for video in videos[FAST]]) * 2 - 1
+    distance = torch.cdist(frames.flatten(1), first_frames.flatten(1))
+    assert torch.equal(distance.argmin(dim=1), torch.arange(len(frames)))
+    psnr = 10 * torch.log10(4 / (frames - first_frames).square().flatten(1).mean(1))
+    print(f"first frame against the image: {psnr.mean():.1f} dB")
+    assert psnr.mean() >= 24
+
+
+def test_the_folder_is_small_and_complete():
+    size = sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors"))
+    print(f"{size / 1e6:.1f} MB")
+    assert size < 25e6
+    generation = minisvd.load("tiny").generation
+    assert (generation.num_frames, generation.size) == (8, (64, 64))
