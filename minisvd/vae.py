@@ -13,6 +13,9 @@ anyway; temporal ones get the frame beyond each chunk's edge, and norms their st
 Source: arXiv 2311.15127, appendix D; arXiv 2304.08818 (temporal decoder).
 """
 
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -27,7 +30,20 @@ SPATIAL_EPS, TEMPORAL_EPS = 1e-6, 1e-5
 def framewise(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
     """Apply an image module to `chunk` frames at a time: [b,t,c,h,w] -> [b,t,c',h',w']."""
     frames = rearrange(x, "b t c h w -> (b t) c h w")
-    return rearrange(torch.cat([module(part) for part in frames.split(chunk)]), "(b t) c h w -> b t c h w", b=len(x))
+    out = joined((module(part) for part in frames.split(chunk)), len(frames), dim=0)
+    return rearrange(out, "(b t) c h w -> b t c h w", b=len(x))
+
+
+def joined(parts: Iterator[Tensor], length: int, dim: int) -> Tensor:
+    """torch.cat of parts that are made one at a time: at no moment are all of them held beside the whole."""
+    first = next(parts)
+    if first.shape[dim] == length:
+        return first
+    whole, start = first.new_empty([*first.shape[:dim], length, *first.shape[dim + 1 :]]), 0
+    for part in chain([first], parts):
+        whole.narrow(dim, start, part.shape[dim]).copy_(part)
+        start += part.shape[dim]
+    return whole
 
 
 class ResnetBlock2D(nn.Module):
@@ -59,19 +75,20 @@ class TemporalResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, chunk: int) -> Tensor:  # [b,t,c,h,w]
         h = norm_silu_conv(self.norm1, self.conv1, x, chunk)
-        return x + norm_silu_conv(self.norm2, self.conv2, h, chunk)
+        h = norm_silu_conv(self.norm2, self.conv2, h, chunk)
+        return h.add_(x)  # in place: at full size each of these is gigabytes
 
 
 def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, chunk: int) -> Tensor:
     """conv(silu(norm(x))) over time, [b,t,c,h,w] -> [b,t,c,h,w], computed `chunk` frames at a time, exactly."""
-    scale, shift = norm_over_frames(norm, x, chunk)
-    t, out = x.shape[1], []
-    for start in range(0, t, chunk):
-        stop = min(start + chunk, t)
+    t, (scale, shift) = x.shape[1], norm_over_frames(norm, x, chunk)
+
+    def part(start: int, stop: int) -> Tensor:
         h = F.silu(x[:, max(start - 1, 0) : stop + 1] * scale + shift)  # one frame more on either side, if there is
         h = F.pad(h, (0, 0) * 3 + (int(start == 0), int(stop == t)))  # beyond the video's ends: zeros
-        out.append(rearrange(conv(rearrange(h, "b t c h w -> b c t h w")), "b c t h w -> b t c h w"))
-    return torch.cat(out, dim=1)
+        return rearrange(conv(rearrange(h, "b t c h w -> b c t h w")), "b c t h w -> b t c h w")
+
+    return joined((part(start, min(start + chunk, t)) for start in range(0, t, chunk)), t, dim=1)
 
 
 def norm_over_frames(norm: nn.GroupNorm, x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -156,19 +173,15 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Three spatio-temporal residual blocks, then twice the grid, except at the outermost level."""
+    """Three spatio-temporal residual blocks, then twice the grid, except at the outermost level.
+
+    The decoder walks through them itself: a forward here would keep the block's input, gigabytes, to its end.
+    """
 
     def __init__(self, c_in: int, c_out: int, last: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([SpatioTemporalResBlock(c, c_out) for c in (c_in, c_out, c_out)])
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
-
-    def forward(self, x: Tensor, chunk: int) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x, chunk)
-        for upsampler in self.upsamplers:
-            x = framewise(upsampler, x, chunk)
-        return x
 
 
 class MidBlock(nn.Module):
@@ -233,7 +246,10 @@ class TemporalDecoder(nn.Module):
     def forward(self, z: Tensor, chunk: int) -> Tensor:
         x = self.mid_block(framewise(self.conv_in, z, chunk), chunk)
         for block in self.up_blocks:
-            x = block(x, chunk)
+            for resnet in block.resnets:
+                x = resnet(x, chunk)
+            for upsampler in block.upsamplers:
+                x = framewise(upsampler, x, chunk)
         x = framewise(nn.Sequential(self.conv_norm_out, nn.SiLU(), self.conv_out), x, chunk)
         return rearrange(self.time_conv_out(rearrange(x, "b t c h w -> b c t h w")), "b c t h w -> b t c h w")
 

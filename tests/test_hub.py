@@ -30,10 +30,11 @@ CONFIGS = {*CONFIG_FILES.values(), "generation_config.json"}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as its client asks for: repositories are folders, `requested` lists the files it sent."""
+    """As much of the hub as its client asks for: repositories are folders. `asked` lists all requests, `sent` files."""
 
     folder: Path
-    requested: list[str]
+    asked: list[str]
+    sent: list[str]
 
     def do_HEAD(self) -> None:
         self.respond(body_wanted=False)
@@ -42,6 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         self.respond(body_wanted=True)
 
     def respond(self, body_wanted: bool) -> None:
+        self.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         api = parts[0] == "api"
         owner, name, verb, revision, *rest = [*(parts[2:] if api else parts), "", "", "", ""]
@@ -61,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
         if name == "gated":
             return self.fail(403, "GatedRepo")
         if body_wanted:
-            self.requested.append(file)
+            self.sent.append(file)
         return self.send((folder / file).read_bytes(), body_wanted)
 
     def send(self, body: bytes, body_wanted: bool) -> None:
@@ -178,14 +180,14 @@ def offline(clients: tuple[Client, Client]) -> Client:
 
 
 @contextmanager
-def serving(repositories: Path, port: int) -> Iterator[list[str]]:
-    """The hub, while it can be reached; yields the files that it has sent."""
-    handler = type("ThisHub", (Hub,), {"folder": repositories, "requested": []})
+def serving(repositories: Path, port: int) -> Iterator[type[Hub]]:
+    """The hub, while it can be reached."""
+    handler = type("ThisHub", (Hub,), {"folder": repositories, "asked": [], "sent": []})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield handler.requested
+        yield handler
     finally:
         server.shutdown()
         thread.join()
@@ -196,17 +198,18 @@ def test_one_variant_is_downloaded_once_and_found_without_a_connection(
     repositories: Path, port: int, online: Client, offline: Client
 ) -> None:
     """Online; again, nothing new; then with the hub gone, by `offline`, and by HF_HUB_OFFLINE."""
-    with serving(repositories, port) as sent:
+    with serving(repositories, port) as hub:
         total = online("load_unet", "someone/svd")
         assert total == sum(p.double().sum().item() for p in small_modules()["unet"].parameters())
-        assert online.cached() == set(sent) == CONFIGS | {f"{STEMS['unet']}.safetensors"}, "one part alone"
+        assert online.cached() == set(hub.sent) == CONFIGS | {f"{STEMS['unet']}.safetensors"}, "one part alone"
         for revision in (None, "main", COMMIT):
             assert online("resolve", "someone/svd", revision=revision) == [*PLAIN, 3]
-        assert online.cached() == set(sent) == CONFIGS | {*PLAIN}
-        assert len(sent) == len(set(sent)), "nothing twice"
+        assert online.cached() == set(hub.sent) == CONFIGS | {*PLAIN}
+        assert len(hub.sent) == len(set(hub.sent)), "nothing twice"
+        asked = len(hub.asked)
         assert offline("resolve", "someone/svd") == [*PLAIN, 3]
         assert online("resolve", "someone/svd", offline=True) == [*PLAIN, 3]
-        assert len(sent) == len(set(sent))
+        assert len(hub.asked) == asked, "not even a question while offline"
     assert "Fetching" in Path(online.errors.name).read_text(), "the hub's progress bars are on"
     assert online("resolve", "someone/svd") == [*PLAIN, 3]
     for client in (online, offline):
@@ -230,24 +233,24 @@ def test_what_the_hub_refuses_is_one_sentence_that_says_what_to_do(
     repositories: Path, port: int, online: Client
 ) -> None:
     """And nothing is downloaded."""
-    hub, xt = f"http://127.0.0.1:{port}", "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
-    with serving(repositories, port) as sent:
+    url, xt = f"http://127.0.0.1:{port}", "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
+    with serving(repositories, port) as hub:
         assert online("resolve", "someone/missing") == (
-            f"ValueError: {hub}/someone/missing does not exist or is private: check the name, or run `hf auth login`"
+            f"ValueError: {url}/someone/missing does not exist or is private: check the name, or run `hf auth login`"
         )
         assert online("resolve", "svd-xt-1-1") == (  # a preset is a hub id
-            f"ValueError: {hub}/{xt} does not exist or is private: check the name, or run `hf auth login`"
+            f"ValueError: {url}/{xt} does not exist or is private: check the name, or run `hf auth login`"
         )
         assert online("resolve", "someone/gated") == (
-            f"ValueError: someone/gated is gated: accept its licence at {hub}/someone/gated and run `hf auth login`"
+            f"ValueError: someone/gated is gated: accept its licence at {url}/someone/gated and run `hf auth login`"
         )
         assert online("resolve", "someone/svd", revision="v9") == (
-            f"ValueError: someone/svd has no revision 'v9': see {hub}/someone/svd/tree/main for those it has"
+            f"ValueError: someone/svd has no revision 'v9': see {url}/someone/svd/tree/main for those it has"
         )
         variant = online("resolve", "someone/svd", variant="bf16")
         assert variant.startswith("FileNotFoundError: someone/svd lacks unet/diffusion_pytorch_model.bf16.safetensors")
         pickles = online("resolve", "someone/pickles")
         assert pickles.startswith("ValueError: someone/pickles/unet/diffusion_pytorch_model.bin is a pickle, which can")
         assert "\n" not in variant + pickles
-    assert not sent
+    assert not hub.sent
     assert not online.cached()
