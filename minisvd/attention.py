@@ -11,8 +11,8 @@ k keys, r query rows per context row.
 What differs from the textbook transformer: norms come first, the feed-forward is gated (GEGLU), and the
 cross-attentions (`attn2`) see ONE key, the CLIP embedding of the image. A softmax over one key is 1, so each is
 a linear map of that embedding, whatever the query: any module that maps (tokens, context) to something that
-adds to the tokens can stand in `attn2`. Rows of a context serve r = b*t/b or b*s/b query rows each, batch row by
-batch row, and are projected before they are repeated.
+adds to the tokens can stand in `attn2`. A row of the context serves the r query rows of its video: r = t frames in
+space, r = s places in time; video by video, so that rows of a batch never mix.
 
 Source: arXiv 2311.15127, appendix D; arXiv 2304.08818, section 3.1 (temporal layers); names as published.
 """
@@ -21,7 +21,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from minisvd.config import NUM_GROUPS
@@ -72,12 +72,12 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        n, r = self.num_heads, len(x) // len(context)
-        q = rearrange(self.to_q(x), "b s (n d) -> b n s d", n=n)
-        k = repeat(self.to_k(context), "b k (n d) -> (b r) n k d", n=n, r=r)
-        v = repeat(self.to_v(context), "b k (n d) -> (b r) n k d", n=n, r=r)
+        n, b, r = self.num_heads, len(context), len(x) // len(context)
+        q = rearrange(self.to_q(x), "(b r) s (n d) -> b n (r s) d", b=b, n=n)
+        k = rearrange(self.to_k(context), "b k (n d) -> b n k d", n=n)
+        v = rearrange(self.to_v(context), "b k (n d) -> b n k d", n=n)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(out, "b n s d -> b s (n d)"))
+        return self.to_out(rearrange(out, "b n (r s) d -> (b r) s (n d)", r=r))
 
 
 class GEGLU(nn.Module):

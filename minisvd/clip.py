@@ -40,7 +40,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"image has shape {tuple(image.shape)}; need [b,3,H,W]")
         x = (resize_antialiased(image.float(), self.config.image_size) + 1) / 2
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.config.mean, self.config.std))
-        return rearrange(self.visual(((x - mean) / std).to(self.visual.proj.dtype)), "b c -> b 1 c")
+        return rearrange(self.visual(((x - mean) / std).to(self.visual.conv1.weight.dtype)), "b c -> b 1 c")
 
 
 def resize_antialiased(image: Tensor, size: int) -> Tensor:

@@ -8,11 +8,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -97,17 +95,10 @@ class StableVideoDiffusion:
         self.unet, self.vae, self.clip = unet, vae, clip
         self.generation, self.source, self.layout = generation, source, layout
 
-    @overload
-    def __call__(self, image: list[ImageLike], **settings: Any) -> list[Video]: ...
-    @overload
-    def __call__(self, image: Image.Image | str | Path | np.ndarray, **settings: Any) -> Video: ...
-    @overload
-    def __call__(self, image: Tensor, **settings: Any) -> Any: ...
-
     @torch.inference_mode()
     def __call__(
         self,
-        image: Any,
+        image: ImageLike | list[ImageLike],
         *,
         num_frames: int | None = None,
         steps: int | None = None,
@@ -176,8 +167,8 @@ class StableVideoDiffusion:
 
         schedule, videos = GuidanceSchedule(*guidance, cut_step=cut_step), []
         for rows in torch.arange(b).split([len(batch) for batch in batches]):
-            given = (tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise))
-            latents = self.denoise(*given, sigmas, schedule, callback, progress)
+            inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
+            latents = self.denoise(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
             with decoding_bar(self.vae, progress):
                 frames = self.vae.decode(latents, decode_chunk)
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
@@ -190,6 +181,7 @@ class StableVideoDiffusion:
         added_time_ids: Tensor,
         aug_noise: Tensor,
         noise: Tensor,
+        *,
         sigmas: Tensor,
         schedule: GuidanceSchedule,
         callback: Callable[[int, Tensor, Tensor], object] | None,

@@ -246,6 +246,7 @@ class TemporalDecoder(nn.Module):
     def forward(self, z: Tensor, chunk: int) -> Tensor:
         x = self.mid_block(framewise(self.conv_in, z, chunk), chunk)
         for block in self.up_blocks:
+            assert isinstance(block, UpBlock)
             for resnet in block.resnets:
                 x = resnet(x, chunk)
             for upsampler in block.upsamplers:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 
@@ -11,6 +12,8 @@ from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, Stab
 from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 UNET = {
     "block_out_channels": (32, 64, 64),
@@ -41,7 +44,7 @@ CLIP = {
 }
 
 
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
+def randomised(module: Module) -> Module:
     """Leave no parameter at zero or one, where a wrong use of it would not show."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
