@@ -120,7 +120,7 @@ class GenerationConfig:
     steps: int = 25
     guidance: tuple[float, float] = (1.0, 2.5)
     size: tuple[int, int] = (1024, 576)
-    decode_chunk: int = 8
+    decode_chunk: int = 2
 
 
 @dataclass(frozen=True)
