@@ -9,22 +9,23 @@ Axes, here and in unet.py: b batch, t frames, c channels, h w latent grid, s = h
 k keys, r query rows per context row.
 
 What differs from the textbook transformer: norms come first, the feed-forward is gated (GEGLU), and the
-cross-attentions (`attn2`) see ONE key, the CLIP embedding of the image. A softmax over one key is 1, so each is
-a linear map of that embedding, whatever the query: any module that maps (tokens, context) to something that
-adds to the tokens can stand in `attn2`. A row of the context serves the r query rows of its video: r = t frames in
-space, r = s places in time; video by video, so that rows of a batch never mix.
+cross-attentions (`attn2`) see ONE key, the CLIP embedding of the image. A softmax over one key is 1, so each is a
+linear map of that embedding, whatever the query. `vcut` says what stands there, by the class of the block:
+CrossAttention as released, CachedCross (the linear map, identical), NoCross (nothing, an approximation). A row of
+the context serves the r query rows of its video: r = t frames in space, r = s places in time; rows never mix.
 
 Source: arXiv 2311.15127, appendix D; arXiv 2304.08818, section 3.1 (temporal layers); names as published.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisvd.config import NUM_GROUPS
+from minisvd.config import NUM_GROUPS, Vcut
 
 
 def sinusoidal_embedding(x: Tensor, dim: int) -> Tensor:
@@ -103,26 +104,76 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class BasicTransformerBlock(nn.Module):
-    """Within a frame: self-attention among its s tokens, cross-attention to the image, feed-forward."""
+class CachedCondLinear(nn.Linear):
+    """W c + b: all that a cross-attention to one key c computes, with W = to_out.weight to_v.weight, b = to_out.bias.
+
+    softmax(q k^T / sqrt(d)) over one key is 1, so to_out(1 * to_v(c)) = W c + b for every query q (arXiv 2407.19205,
+    section III). Context [b, 1, c'] -> [b, 1, c], once per video: the caller keeps the result, the module keeps none.
+    """
+
+
+class CrossAttention(nn.Module):
+    """How a block hears the image, as released: x + attn2(norm2(x), context)."""
+
+    def add_cross(self, c: int, num_heads: int, c_context: int) -> None:
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = Attention(c, num_heads, c_context)
+
+    def condition(self, context: Tensor) -> Tensor:
+        """What `cross` takes, made of the context once per video: here the context itself."""
+        return context
+
+    def cross(self, x: Tensor, context: Tensor) -> Tensor:
+        return x + self.attn2(self.norm2(x), context)
+
+
+class CachedCross(nn.Module):
+    """The same function in exact arithmetic: x + (W c + b), the bracket computed once per video."""
+
+    def add_cross(self, c: int, _num_heads: int, c_context: int) -> None:
+        self.attn2 = CachedCondLinear(c_context, c)
+
+    def condition(self, context: Tensor) -> Tensor:
+        return self.attn2(context)
+
+    def cross(self, x: Tensor, cached: Tensor) -> Tensor:
+        b, r = len(cached), len(x) // len(cached)
+        x = rearrange(x, "(b r) s c -> b (r s) c", b=b) + cached
+        return rearrange(x, "b (r s) c -> (b r) s c", r=r)
+
+
+class NoCross(nn.Module):
+    """An approximation: the image is not heard here (arXiv 2407.19205 omits all temporal cross-attentions)."""
+
+    def add_cross(self, *_sizes: int) -> None:
+        pass
+
+    def condition(self, context: Tensor) -> Tensor:
+        return context
+
+    def cross(self, x: Tensor, _context: Tensor) -> Tensor:
+        return x
+
+
+class BasicTransformerBlock(CrossAttention):
+    """Within a frame: self-attention among its s tokens, then the image, then feed-forward."""
 
     def __init__(self, c: int, num_heads: int, c_context: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(c)
         self.attn1 = Attention(c, num_heads, c)
-        self.norm2 = nn.LayerNorm(c)
-        self.attn2 = Attention(c, num_heads, c_context)
+        self.add_cross(c, num_heads, c_context)
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # x [(b t), s, c], context [b, 1, c']
         h = self.norm1(x)
         x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
+        x = self.cross(x, context)
         return x + self.ff(self.norm3(x))
 
 
-class TemporalBasicTransformerBlock(nn.Module):
+class TemporalBasicTransformerBlock(CrossAttention):
     """Along time: a feed-forward first, then as within a frame, but over the t tokens of one place."""
 
     def __init__(self, c: int, num_heads: int, c_context: int) -> None:
@@ -131,8 +182,7 @@ class TemporalBasicTransformerBlock(nn.Module):
         self.ff_in = FeedForward(c)
         self.norm1 = nn.LayerNorm(c)
         self.attn1 = Attention(c, num_heads, c)
-        self.norm2 = nn.LayerNorm(c)
-        self.attn2 = Attention(c, num_heads, c_context)
+        self.add_cross(c, num_heads, c_context)
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
@@ -140,8 +190,29 @@ class TemporalBasicTransformerBlock(nn.Module):
         x = x + self.ff_in(self.norm_in(x))
         h = self.norm1(x)
         x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
+        x = self.cross(x, context)
         return x + self.ff(self.norm3(x))
+
+
+class CachedBasicTransformerBlock(CachedCross, BasicTransformerBlock):
+    """Within a frame, the image heard through a `CachedCondLinear`."""
+
+
+class CachedTemporalBasicTransformerBlock(CachedCross, TemporalBasicTransformerBlock):
+    """Along time, the image heard through a `CachedCondLinear`."""
+
+
+class UncrossedTemporalBasicTransformerBlock(NoCross, TemporalBasicTransformerBlock):
+    """Along time, the image not heard."""
+
+
+BLOCKS = {  # vcut: (the block within a frame, the block along time)
+    False: (BasicTransformerBlock, TemporalBasicTransformerBlock),
+    "lossless": (CachedBasicTransformerBlock, CachedTemporalBasicTransformerBlock),
+    True: (CachedBasicTransformerBlock, UncrossedTemporalBasicTransformerBlock),
+}
+
+Context = tuple[Tensor, ...]  # what one transformer's two blocks take, each [b, 1, ...]
 
 
 class SpatialTransformer(nn.Module):
@@ -150,24 +221,30 @@ class SpatialTransformer(nn.Module):
     The temporal block starts from the spatial one's output plus an embedding of the frame's number.
     """
 
-    def __init__(self, c: int, num_heads: int, c_context: int) -> None:
+    def __init__(self, c: int, num_heads: int, c_context: int, vcut: Vcut) -> None:
         super().__init__()
+        in_space, in_time = BLOCKS[vcut]
         self.norm = nn.GroupNorm(NUM_GROUPS, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(c, num_heads, c_context)])
-        self.temporal_transformer_blocks = nn.ModuleList([TemporalBasicTransformerBlock(c, num_heads, c_context)])
+        self.transformer_blocks = nn.ModuleList([in_space(c, num_heads, c_context)])
+        self.temporal_transformer_blocks = nn.ModuleList([in_time(c, num_heads, c_context)])
         self.time_pos_embed = TimestepEmbedding(c, 4 * c, c)
         self.time_mixer = AlphaBlender(0.5)
         self.proj_out = nn.Linear(c, c)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        b, (bt, c, h, _) = len(context), x.shape
+    def condition(self, context: Tensor) -> Context:
+        """What the two blocks take, made of the context [b, 1, c'] once per video."""
+        blocks: list[Any] = [*self.transformer_blocks, *self.temporal_transformer_blocks]
+        return tuple(block.condition(context) for block in blocks)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        b, (bt, c, h, _) = len(context[0]), x.shape
         frame = torch.arange(bt // b, device=x.device)
         position = self.time_pos_embed(sinusoidal_embedding(frame, c))  # [t, c]
 
         tokens = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
-        space = self.transformer_blocks[0](tokens, context)
+        space = self.transformer_blocks[0](tokens, context[0])
         time = rearrange(space, "(b t) s c -> (b s) t c", b=b) + position
-        time = self.temporal_transformer_blocks[0](time, context)
+        time = self.temporal_transformer_blocks[0](time, context[1])
         tokens = self.time_mixer(space, rearrange(time, "(b s) t c -> (b t) s c", b=b))
         return x + rearrange(self.proj_out(tokens), "bt (h w) c -> bt c h w", h=h)

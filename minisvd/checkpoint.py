@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minisvd.clip import ImageEncoder
-from minisvd.config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from minisvd.config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut
 from minisvd.folder import (
     CONFIG_FILES,
     GENERATION_FILE,
@@ -34,6 +34,7 @@ from minisvd.folder import (
     pickle_refusal,
     read_config,
     read_generation,
+    read_vcut,
 )
 from minisvd.layouts import DROPPED, FOLDER, OWNED, SINGLE_FILE, Join, rules, sources
 from minisvd.unet import SpatioTemporalUNet
@@ -41,6 +42,7 @@ from minisvd.vae import AutoencoderKLTemporalDecoder
 
 MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
 RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
+FOLDS = ((False, "lossless"), (False, True), ("lossless", True))  # builds, from a file's to a UNet's
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -91,7 +93,8 @@ class Checkpoint:
     """Weights that were found and whose headers are sound; nothing is read yet.
 
     `layout` is "folder" or "single file"; `path` is that folder or file; `files` and `configs` have one entry per
-    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model.
+    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model; `vcut` is the build of
+    the UNet in the file, False unless its config.json says otherwise.
     """
 
     layout: str
@@ -100,9 +103,19 @@ class Checkpoint:
     headers: dict[str, dict[str, Entry]]
     configs: dict[str, Any]
     generation: GenerationConfig
+    vcut: Vcut = False
 
-    def load(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    def load(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vcut: Vcut | None = None,
+    ) -> dict[str, Any]:
         """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
+
+        `vcut` is the UNet's build, None that of the file. From attention to `CachedCondLinear` each weight is folded,
+        W = to_out.weight to_v.weight and b = to_out.bias, in float64 and rounded once to `dtype`.
 
         Every name, shape and dtype of every part is settled before the first tensor is read. Peak memory is that
         of the weights in `dtype` and of the one tensor being converted.
@@ -110,8 +123,8 @@ class Checkpoint:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; need a floating-point one such as torch.float16")
-        with torch.device("meta"):
-            modules = {part: MODULES[part](config) for part, config in self.configs.items()}
+        vcut = self.vcut if vcut is None else vcut
+        modules = {part: self.build(part, vcut) for part in self.configs}
         plans = {part: self.plan(part, module) for part, module in modules.items()}
         for part, module in modules.items():
             header, state = self.headers[part], {}
@@ -123,15 +136,25 @@ class Checkpoint:
             module.eval()
         return modules
 
+    def build(self, part: str, vcut: Vcut) -> nn.Module:
+        """A part without data. Raises ValueError for a `vcut` that the file's own build does not lead to."""
+        if part == "unet" and vcut != self.vcut and (self.vcut, vcut) not in FOLDS:
+            raise ValueError(f"{self.path} holds a UNet built with vcut={self.vcut!r}; it cannot become {vcut!r}")
+        with torch.device("meta"):
+            return MODULES[part](self.configs[part], **({"vcut": vcut} if part == "unet" else {}))
+
     def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
         """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
 
+        The file must hold the whole of its own build; a folded UNet leaves out just what has no effect on it.
         Raises ValueError naming the first tensor that is missing, unknown, of an unreadable dtype or misshapen.
         """
         where, header = self.files[part], self.headers[part]
-        gather, rename = rules(part, self.layout, self.configs[part])
-        plan = {name: sources(name, gather, rename) for name in module.state_dict()}
-        used = {source for names, _ in plan.values() for source in names}
+        layout, config = self.layout, self.configs[part]
+        fold = isinstance(module, SpatioTemporalUNet) and self.vcut is False and module.vcut is not False
+        plan = {name: sources(name, *rules(part, layout, config, fold)) for name in module.state_dict()}
+        whole = self.build(part, self.vcut)
+        used = {source for name in whole.state_dict() for source in sources(name, *rules(part, layout, config))[0]}
 
         known = [DROPPED[self.layout]]
         if self.layout == SINGLE_FILE:
@@ -204,7 +227,8 @@ def resolve(
         generation = XT if "xt" in path.name.lower() else GenerationConfig()
     check_together(configs)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
-    return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
+    vcut = read_vcut(path) if path.is_dir() and "unet" in parts else False
+    return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation, vcut)
 
 
 def locate(source: str | Path) -> Path | None:
@@ -264,14 +288,16 @@ def load_unet(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     config: UNetConfig | None = None,
+    vcut: Vcut | None = None,
     variant: str | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> SpatioTemporalUNet:
     """The UNet alone, in eval mode; of a hub id only the UNet is downloaded. Arguments and errors as for `resolve`.
 
-    `config` replaces what config.json says, or the released sizes for a single file.
+    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build, as for
+    `Checkpoint.load`.
     """
     configs = {"unet": config} if config else None
     found = resolve(source, parts=["unet"], configs=configs, variant=variant, revision=revision, offline=offline)
-    return found.load(device=device, dtype=dtype)["unet"]
+    return found.load(device=device, dtype=dtype, vcut=vcut)["unet"]

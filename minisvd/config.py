@@ -5,6 +5,10 @@ settings its authors generate with; nothing else differs between `svd`, `svd-xt`
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+Vcut = Literal[False, True, "lossless"]
+"""What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere."""
 
 NUM_GROUPS = 32  # of every GroupNorm, so that every width is a multiple of it
 
@@ -14,6 +18,11 @@ def check_widths(widths: tuple[int, ...]) -> None:
         raise ValueError(
             f"block_out_channels is {widths}; need positive multiples of {NUM_GROUPS} (GroupNorm's groups)"
         )
+
+
+def check_vcut(vcut: object) -> None:
+    if vcut not in (False, True, "lossless"):
+        raise ValueError(f"vcut is {vcut!r}; need False, True or 'lossless'")
 
 
 @dataclass(frozen=True)

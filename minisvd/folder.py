@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from minisvd.config import XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from minisvd.config import XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, check_vcut
 
 PARTS = ("unet", "vae", "clip")
 STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
@@ -23,8 +23,8 @@ FIXED = {  # fields that may be stated, with the one value that these modules ha
     "vae": {"_class_name": "AutoencoderKLTemporalDecoder", "in_channels": 3, "out_channels": 3, "layers_per_block": 2},
     "clip": {"model_type": "clip_vision_model", "num_channels": 3, "layer_norm_eps": 1e-5},
 }
-IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size, and `num_frames`, read apart
-    "unet": ("num_frames", "sample_size"),
+IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size; or are read apart (unet's)
+    "unet": ("num_frames", "sample_size", "vcut"),
     "vae": ("force_upcast", "sample_size"),
     "clip": (
         *("architectures", "attention_dropout", "dropout", "dtype"),
@@ -69,6 +69,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise ValueError(f"{path} holds a {type(stated).__name__}; need a JSON object")
     return stated
+
+
+def read_vcut(folder: Path) -> Vcut:
+    """The build of a folder's UNet: released, unless its config.json has a field `vcut`."""
+    path = folder / CONFIG_FILES["unet"]
+    vcut = read_json(path).get("vcut", False) if path.is_file() else False
+    try:
+        check_vcut(vcut)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return vcut
 
 
 def read_config(part: str, folder: Path) -> Any:

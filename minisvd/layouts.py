@@ -46,6 +46,15 @@ VAE_FILE_GATHER: list[Gather] = [  # its attention was written with 1x1 convolut
     (r".*attentions\.0\.to_.*weight", (r"\g<0>",), lambda w: rearrange(w, "o i 1 1 -> o i"))
 ]
 
+FOLD_GATHER: list[Gather] = [  # a CachedCondLinear from the attention that it stands for, rounded once, at the end
+    (
+        r"(.*\.attn2)\.weight",
+        (r"\1.to_out.0.weight", r"\1.to_v.weight"),
+        lambda out, v: out.double() @ v.double(),
+    ),
+    (r"(.*\.attn2)\.bias", (r"\1.to_out.0.bias",), lambda bias: bias),
+]
+
 OWNED = {  # the single file holds all three parts, each under names of its own
     "unet": r"model\.diffusion_model\.",
     "vae": r"first_stage_model\.decoder\.|conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\.",
@@ -121,12 +130,15 @@ def res_block_rename(block: str, written: str) -> list[Rename]:
     return [(rf"{block}\.{name}", f"{written}.{place}") for name, place in places.items()]
 
 
-def rules(part: str, layout: str, config: Any) -> tuple[list[Gather], list[Rename]]:
-    """The two tables that lead from a part's parameters to the tensors of a layout."""
+def rules(part: str, layout: str, config: Any, fold: bool = False) -> tuple[list[Gather], list[Rename]]:
+    """The two tables that lead from a part's parameters to the tensors of a layout.
+
+    `fold`: the file holds cross-attentions, the UNet `CachedCondLinear`s.
+    """
+    if part == "unet":
+        return FOLD_GATHER if fold else [], unet_file_rename(config) if layout == SINGLE_FILE else []
     if layout == FOLDER:
         return (CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME) if part == "clip" else ([], [])
-    if part == "unet":
-        return [], unet_file_rename(config)
     return (VAE_FILE_GATHER, vae_file_rename(config)) if part == "vae" else ([], CLIP_FILE_RENAME)
 
 

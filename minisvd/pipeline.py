@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from minisvd.checkpoint import resolve
 from minisvd.clip import ImageEncoder
-from minisvd.config import GenerationConfig
+from minisvd.config import GenerationConfig, Vcut
 from minisvd.images import FITS, ImageLike, load_image
-from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, sample_euler
+from minisvd.sampler import GuidanceSchedule, Stage2, edm_sigmas, guided_denoiser, sample_euler
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder, SpatioTemporalResBlock
 from minisvd.video import Video
@@ -35,7 +35,7 @@ def check_settings(
     noise_aug: float | Sequence[float] = 0.02,
     guidance: tuple[float, float] | None = None,
     cut_step: int | None = None,
-    stage2: str = "cond",
+    stage2: Stage2 = "mean",
     size: tuple[int, int] | None = None,
     fit: str = "crop",
     decode_chunk: int | None = None,
@@ -63,9 +63,7 @@ def check_settings(
         if len(guidance) != 2:
             raise ValueError(f"guidance is {guidance}; need two numbers, (min, max)")
         GuidanceSchedule(*guidance)
-    GuidanceSchedule(1.0, 1.0, cut_step)
-    if stage2 != "cond":
-        raise ValueError(f"stage2 is {stage2!r}; need 'cond': from cut_step on, the conditional branch alone")
+    GuidanceSchedule(1.0, 1.0, cut_step, stage2)
     if size is not None and (len(size) != 2 or not all(1 <= side <= LARGEST_SIDE for side in size)):
         raise ValueError(f"size is {size}; need (width, height) in pixels, each from 1 to {LARGEST_SIDE}")
     if fit not in FITS:
@@ -107,7 +105,7 @@ class StableVideoDiffusion:
         noise_aug: float | Sequence[float] = 0.02,
         guidance: tuple[float, float] | None = None,
         cut_step: int | None = None,
-        stage2: str = "cond",
+        stage2: Stage2 = "mean",
         sigmas: Tensor | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
@@ -126,7 +124,8 @@ class StableVideoDiffusion:
         motion_bucket  0 (still) to 255 (fast)
         noise_aug      standard deviation of the noise added to the image in [-1,1] before the VAE; CLIP sees it clean
         guidance       (scale of the first frame, of the last), linear between; (1, 1) is none
-        cut_step       guided while step < cut_step, one conditional branch from there on; None: guided throughout
+        cut_step       guided while step < cut_step, one branch from there on; None: guided throughout
+        stage2         what that branch is told of the image: "mean" (half the embedding), "cond" or "uncond"
         sigmas         noise levels [steps+1] that fall to 0, instead of `edm_sigmas(steps)`
         seed           of the two draws below, made on the CPU, the same on every device; each row of a batch draws
                        from its own generator, so that it is what it would be alone
@@ -165,7 +164,7 @@ class StableVideoDiffusion:
         shape = (num_frames, self.unet.config.out_channels, height // factor, width // factor)
         noise = drawn("noise", noise, shape, generators)
 
-        schedule, videos = GuidanceSchedule(*guidance, cut_step=cut_step), []
+        schedule, videos = GuidanceSchedule(*guidance, cut_step, stage2), []
         for rows in torch.arange(b).split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             latents = self.denoise(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
@@ -260,15 +259,18 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    vcut: Vcut | None = None,
     variant: str | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
-    `variant` ("fp16") chooses among a folder's files, `revision` among a hub repository's commits; `offline` uses
-    only what was downloaded before. Raises ValueError or FileNotFoundError with one sentence on what to do.
+    `vcut` is the UNet's build (see `SpatioTemporalUNet`): False as released, "lossless" the same function with each
+    cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
+    files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before.
+    Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
-    parts = checkpoint.load(device=device, dtype=dtype)
+    parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -12,18 +12,21 @@ by one that works along time, blended by a learned sigmoid (here its weight is o
 numbers, fps - 1, motion bucket and noise augmentation, are embedded next to the noise level.
 
 Axes as in attention.py; (b t) is a batch of frames, video by video. A block finds b as the length of its
-conditions: `emb` [b, c_e], the embedded noise level and numbers, and `context` [b, 1, c'], the image's CLIP embedding.
+conditions: `emb` [b, c_e], the embedded noise level and numbers, and `context`, what the block's transformers take of
+the image's CLIP embedding.
 
 Source: arXiv 2311.15127, appendix D; names as in the published `unet/` folders.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisvd.attention import AlphaBlender, SpatialTransformer, TimestepEmbedding, sinusoidal_embedding
-from minisvd.config import NUM_GROUPS, UNetConfig
+from minisvd.attention import AlphaBlender, Context, SpatialTransformer, TimestepEmbedding, sinusoidal_embedding
+from minisvd.config import NUM_GROUPS, UNetConfig, Vcut, check_vcut
 
 
 class ResnetBlock2D(nn.Module):
@@ -81,7 +84,10 @@ class SpatioTemporalResBlock(nn.Module):
 class NoTransformer(nn.Module):
     """Stands where a level has no transformer: x -> x."""
 
-    def forward(self, x: Tensor, _context: Tensor) -> Tensor:
+    def condition(self, _context: Tensor) -> Context:
+        return ()
+
+    def forward(self, x: Tensor, _context: Context) -> Tensor:
         return x
 
 
@@ -107,12 +113,12 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def transformers(config: UNetConfig, level: int, depth: int) -> nn.ModuleList:
+def transformers(config: UNetConfig, vcut: Vcut, level: int, depth: int) -> nn.ModuleList:
     """What follows each of a level's `depth` residual blocks."""
     c, heads = config.block_out_channels[level], config.num_attention_heads[level]
     with_attention = config.attention[level]
     return nn.ModuleList(
-        SpatialTransformer(c, heads, config.cross_attention_dim) if with_attention else NoTransformer()
+        SpatialTransformer(c, heads, config.cross_attention_dim, vcut) if with_attention else NoTransformer()
         for _ in range(depth)
     )
 
@@ -120,17 +126,17 @@ def transformers(config: UNetConfig, level: int, depth: int) -> nn.ModuleList:
 class DownBlock(nn.Module):
     """A level on the way down: (residual block, transformer) twice, then half the grid, except at the innermost."""
 
-    def __init__(self, config: UNetConfig, level: int, c_in: int, c_emb: int) -> None:
+    def __init__(self, config: UNetConfig, vcut: Vcut, level: int, c_in: int, c_emb: int) -> None:
         super().__init__()
         c, depth, innermost = config.block_out_channels[level], config.layers_per_block, len(config.attention) - 1
         widths_in = [c_in] + [c] * (depth - 1)
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(width, c, c_emb) for width in widths_in)
-        self.attentions = transformers(config, level, depth)
+        self.attentions = transformers(config, vcut, level, depth)
         self.downsamplers = nn.ModuleList([Downsample(c)] * (level < innermost))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, emb: Tensor, contexts: list[Context]) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+        for resnet, attention, context in zip(self.resnets, self.attentions, contexts, strict=True):
             x = attention(resnet(x, emb), context)
             skips.append(x)
         for downsampler in self.downsamplers:
@@ -142,14 +148,14 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottom of the U: residual block, transformer, residual block."""
 
-    def __init__(self, config: UNetConfig, c_emb: int) -> None:
+    def __init__(self, config: UNetConfig, vcut: Vcut, c_emb: int) -> None:
         super().__init__()
         c, heads = config.block_out_channels[-1], config.num_attention_heads[-1]
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(c, heads, config.cross_attention_dim)])
+        self.attentions = nn.ModuleList([SpatialTransformer(c, heads, config.cross_attention_dim, vcut)])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, emb), context)
+    def forward(self, x: Tensor, emb: Tensor, contexts: list[Context]) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, emb), contexts[0])
         return self.resnets[1](x, emb)
 
 
@@ -157,16 +163,16 @@ class UpBlock(nn.Module):
     """A level on the way up: (take a skip, residual block, transformer) three times, then twice the grid,
     except at the outermost. The last skip is what entered the level on the way down."""
 
-    def __init__(self, config: UNetConfig, level: int, c_in: int, c_skip: int, c_emb: int) -> None:
+    def __init__(self, config: UNetConfig, vcut: Vcut, level: int, c_in: int, c_skip: int, c_emb: int) -> None:
         super().__init__()
         c, depth = config.block_out_channels[level], config.layers_per_block + 1
         widths_in = [c_in + c] + [c + c] * (depth - 2) + [c + c_skip]
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(width, c, c_emb) for width in widths_in)
-        self.attentions = transformers(config, level, depth)
+        self.attentions = transformers(config, vcut, level, depth)
         self.upsamplers = nn.ModuleList([Upsample(c)] * (level > 0))
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, contexts: list[Context]) -> Tensor:
+        for resnet, attention, context in zip(self.resnets, self.attentions, contexts, strict=True):
             x = torch.cat([x, skips.pop()], dim=1)
             x = attention(resnet(x, emb), context)
         for upsampler in self.upsamplers:
@@ -183,29 +189,47 @@ class SpatioTemporalUNet(nn.Module):
     added_time_ids  [b, 3]            fps - 1, motion bucket, noise augmentation
     returns         [b, t, 4, h, w]
 
+    `vcut` chooses the class of every transformer block (attention.BLOCKS), once, here:
+    False       as released: 1,524,623,082 parameters at full size
+    "lossless"  every cross-attention a `CachedCondLinear`; the same function; 1,449,452,522
+    True        those within frames a `CachedCondLinear`, those along time omitted; arXiv 2407.19205; 1,436,660,522
+
     h and w are multiples of `config.stride`. Rows of a batch never mix. Everything runs in the weights' dtype but
     the sinusoidal embeddings, which are float32.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, vcut: Vcut = False) -> None:
         super().__init__()
-        self.config = config
+        check_vcut(vcut)
+        self.config, self.vcut = config, vcut
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         c_emb, c_ids = 4 * widths[0], 3 * config.addition_time_embed_dim
         outer = (widths[0], *widths)  # outer[level]: the width that enters the level on the way down
         self.time_embedding = TimestepEmbedding(widths[0], c_emb, c_emb)
         self.add_embedding = TimestepEmbedding(c_ids, c_emb, c_emb)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(DownBlock(config, level, outer[level], c_emb) for level in levels)
-        self.mid_block = MidBlock(config, c_emb)
+        self.down_blocks = nn.ModuleList(DownBlock(config, vcut, level, outer[level], c_emb) for level in levels)
+        self.mid_block = MidBlock(config, vcut, c_emb)
         inner = (*widths[1:], widths[-1])  # inner[level]: the width that comes up into it
         self.up_blocks = nn.ModuleList(
-            UpBlock(config, level, inner[level], outer[level], c_emb) for level in reversed(levels)
+            UpBlock(config, vcut, level, inner[level], outer[level], c_emb) for level in reversed(levels)
         )
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    def condition(self, image_embeds: Tensor) -> list[list[Context]]:
+        """All that the network will ever ask of the embedding [b, 1, c'], block by block: once per video.
+
+        The caller owns the result; the network keeps nothing, so that two videos in turn cannot meet.
+        """
+        blocks: list[Any] = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [[attention.condition(image_embeds) for attention in block.attentions] for block in blocks]
+
     def forward(self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor) -> Tensor:
+        return self.denoise(sample, c_noise, self.condition(image_embeds), added_time_ids)
+
+    def denoise(self, sample: Tensor, c_noise: Tensor, contexts: list[list[Context]], added_time_ids: Tensor) -> Tensor:
+        """`forward` with the embedding's part computed before, by `condition`."""
         b = len(sample)
         noise_level = sinusoidal_embedding(c_noise.expand(b), self.config.block_out_channels[0])
         numbers = sinusoidal_embedding(added_time_ids, self.config.addition_time_embed_dim)
@@ -213,12 +237,12 @@ class SpatioTemporalUNet(nn.Module):
         emb = F.silu(emb)  # every residual block projects it after this
 
         x = self.conv_in(rearrange(sample, "b t c h w -> (b t) c h w", c=self.config.in_channels))
-        skips = [x]
+        context, skips = iter(contexts), [x]
         for block in self.down_blocks:
-            x, more = block(x, emb, image_embeds)
+            x, more = block(x, emb, next(context))
             skips += more
-        x = self.mid_block(x, emb, image_embeds)
+        x = self.mid_block(x, emb, next(context))
         for block in self.up_blocks:
-            x = block(x, skips, emb, image_embeds)
+            x = block(x, skips, emb, next(context))
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return rearrange(x, "(b t) c h w -> b t c h w", b=b)

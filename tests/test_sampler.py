@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisvd import GuidanceSchedule, edm_sigmas, guided_denoiser, preconditioning, sample_euler
+from minisvd.sampler import Contexts
 
 
 def test_sigmas_are_the_closed_form():
@@ -80,14 +81,19 @@ def test_every_step_is_seen_and_nothing_else_is_random():
     assert first.dtype == torch.float32
 
 
-class LinearUNet(nn.Module):
-    """A real, if small, network of the UNet's signature that records how it was called."""
+class LinearUNet:
+    """A real, if small, network with the UNet's two methods, that records how it was called."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.conditions = 0
 
-    def forward(self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor) -> Tensor:
+    def condition(self, image_embeds: Tensor) -> Contexts:
+        self.conditions += 1
+        return [[(image_embeds,)]]
+
+    def denoise(self, sample: Tensor, c_noise: Tensor, contexts: Contexts, added_time_ids: Tensor) -> Tensor:
+        (((image_embeds,),),) = contexts
         self.calls.append((sample, image_embeds, added_time_ids))
         scale = 1 + image_embeds.mean(dim=(1, 2)) + added_time_ids.sum(dim=1) + c_noise
         return sample[:, :, :4] * scale[:, None, None, None, None] + sample[:, :, 4:]
@@ -136,6 +142,20 @@ def test_guidance_stops_at_the_cut_step(cut_step, guided):
     assert [len(sample) for sample, _, _ in unet.calls] == [2] * guided + [1] * (6 - guided)
 
 
+@pytest.mark.parametrize(("stage2", "share"), [("mean", 0.5), ("cond", 1.0), ("uncond", 0.0)])
+def test_stage_two_hears_its_share_of_the_embedding(stage2, share):
+    """From the cut step on: the embedding times 1/2, 1 or 0, the image's latent and the numbers as they are."""
+    unet, (embeds, latent, ids) = LinearUNet(), condition()
+    denoise = guided_denoiser(unet, embeds, latent, ids, GuidanceSchedule(1.0, 2.0, 3, stage2))
+    sample_euler(denoise, torch.randn(1, 3, 4, 2, 2), edm_sigmas(5))
+    for sample, seen, numbers in unet.calls[2:]:
+        torch.testing.assert_close(seen, share * embeds)
+        assert torch.equal(sample[:, 0, 4:], latent)
+        assert torch.equal(numbers, ids)
+    assert torch.equal(unet.calls[1][1][1:], embeds)  # control: in stage one the conditional row hears all of it
+    assert unet.conditions == 1
+
+
 def test_no_cut_is_a_cut_beyond_the_end_bit_for_bit():
     noise = torch.randn(1, 3, 4, 2, 2, generator=torch.Generator().manual_seed(3))
 
@@ -156,5 +176,7 @@ def test_bad_schedules_are_refused():
         GuidanceSchedule(float("nan"), 1.0)
     with pytest.raises(ValueError, match="cut_step is 0"):
         GuidanceSchedule(1.0, 2.0, 0)
+    with pytest.raises(ValueError, match="stage2 is 'both'; need one of mean, cond, uncond"):
+        GuidanceSchedule(1.0, 2.0, 3, "both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="steps is 0"):
         edm_sigmas(0)

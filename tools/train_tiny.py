@@ -8,13 +8,11 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 """
 
 import argparse
-import contextlib
 import copy
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,16 +25,15 @@ from einops import rearrange, repeat
 from open_clip.loss import ClipLoss
 from open_clip.transformer import TextTransformer
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
 import scenes
+from folder_layout import atomic, write_folder
 from minisvd.attention import SpatialTransformer
 from minisvd.clip import ImageEncoder
-from minisvd.config import NUM_GROUPS, ClipConfig, UNetConfig, VAEConfig
-from minisvd.layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
+from minisvd.config import NUM_GROUPS, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, preconditioning, sample_euler
 from minisvd.unet import ResnetBlock2D as UNetResnetBlock2D
 from minisvd.unet import SpatioTemporalUNet
@@ -68,7 +65,7 @@ UNET = UNetConfig(
     cross_attention_dim=CLIP.projection_dim,
     addition_time_embed_dim=32,
 )
-GENERATION = {"num_frames": scenes.FRAMES, "steps": 25, "guidance": [1.0, 1.5], "size": [scenes.SIZE, scenes.SIZE]}
+GENERATION = GenerationConfig(num_frames=scenes.FRAMES, guidance=(1.0, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8)
 
 HELD_OUT_SEED = 1_000_003
 EMA_DECAY = 0.999
@@ -136,15 +133,6 @@ class Run:
             distributed.all_reduce(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient) / self.processes)
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to the yielded temporary path; it takes the place of `path` only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    yield temporary
-    os.replace(temporary, path)
 
 
 def fit(
@@ -563,10 +551,10 @@ def generate(run: Run, parts: Parts, image: Tensor, fps: Tensor, bucket: Tensor,
     aug_noise = torch.randn(image.shape, generator=generator).to(run.device)
     latent = parts.vae.encode(image + noise_aug * aug_noise)
     ids = torch.stack([fps - 1, bucket, torch.full_like(fps, noise_aug)], dim=1).float()
-    schedule = GuidanceSchedule(*GENERATION["guidance"])
+    schedule = GuidanceSchedule(*GENERATION.guidance)
     denoise = guided_denoiser(parts.unet, parts.clip(image), latent, ids.to(run.device), schedule)
     noise = torch.randn((len(image), scenes.FRAMES, *latent.shape[1:]), generator=generator).to(run.device)
-    return parts.vae.decode(sample_euler(denoise, noise, edm_sigmas(GENERATION["steps"]))).clamp(-1, 1)
+    return parts.vae.decode(sample_euler(denoise, noise, edm_sigmas(GENERATION.steps))).clamp(-1, 1)
 
 
 def measure(run: Run, parts: Parts, count: int) -> str:
@@ -603,107 +591,11 @@ def measure(run: Run, parts: Parts, count: int) -> str:
 
 
 def export(run: Run, parts: Parts, out: Path) -> None:
-    """Write the folder, float16, in the published layout: diffusers and transformers load it as well."""
-    levels = len(UNET.attention)
-    kinds = ["CrossAttn" if attention else "" for attention in UNET.attention]
-    unet = {
-        "_class_name": "UNetSpatioTemporalConditionModel",
-        "sample_size": scenes.SIZE // VAE.factor,
-        "in_channels": UNET.in_channels,
-        "out_channels": UNET.out_channels,
-        "down_block_types": [f"{kind}DownBlockSpatioTemporal" for kind in kinds],
-        "up_block_types": [f"{kind}UpBlockSpatioTemporal" for kind in reversed(kinds)],
-        "block_out_channels": UNET.block_out_channels,
-        "addition_time_embed_dim": UNET.addition_time_embed_dim,
-        "projection_class_embeddings_input_dim": 3 * UNET.addition_time_embed_dim,
-        "layers_per_block": UNET.layers_per_block,
-        "cross_attention_dim": UNET.cross_attention_dim,
-        "transformer_layers_per_block": 1,
-        "num_attention_heads": UNET.num_attention_heads,
-        "num_frames": scenes.FRAMES,
-    }
-    vae = {
-        "_class_name": "AutoencoderKLTemporalDecoder",
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * len(VAE.block_out_channels),
-        "block_out_channels": VAE.block_out_channels,
-        "layers_per_block": 2,
-        "latent_channels": VAE.latent_channels,
-        "sample_size": scenes.SIZE,
-        "scaling_factor": VAE.scaling_factor,
-        "force_upcast": True,
-    }
-    clip = {
-        "architectures": ["CLIPVisionModelWithProjection"],
-        "model_type": "clip_vision_model",
-        "hidden_size": CLIP.hidden_size,
-        "intermediate_size": CLIP.intermediate_size,
-        "num_hidden_layers": CLIP.num_hidden_layers,
-        "num_attention_heads": CLIP.num_attention_heads,
-        "num_channels": 3,
-        "image_size": CLIP.image_size,
-        "patch_size": CLIP.patch_size,
-        "projection_dim": CLIP.projection_dim,
-        "hidden_act": CLIP.hidden_act,
-        "layer_norm_eps": 1e-5,
-    }
-    index = {
-        "_class_name": "StableVideoDiffusionPipeline",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
-    }
-    scheduler = {
-        "_class_name": "EulerDiscreteScheduler",
-        "prediction_type": "v_prediction",
-        "timestep_type": "continuous",
-        "timestep_spacing": "leading",
-        "sigma_min": 0.002,
-        "sigma_max": 700.0,
-        "use_karras_sigmas": True,
-    }
-    extractor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "image_mean": CLIP.mean,
-        "image_std": CLIP.std,
-        "size": {"shortest_edge": CLIP.image_size},
-        "crop_size": {"height": CLIP.image_size, "width": CLIP.image_size},
-    }
-    for name, content in {
-        "unet/config.json": unet,
-        "vae/config.json": vae,
-        "image_encoder/config.json": clip,
-        "scheduler/scheduler_config.json": scheduler,
-        "feature_extractor/preprocessor_config.json": extractor,
-        "model_index.json": index,
-        "generation_config.json": GENERATION,
-    }.items():
-        with atomic(out / name) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n")
-    for name, state in {
-        "unet/diffusion_pytorch_model.safetensors": parts.unet.state_dict(),
-        "vae/diffusion_pytorch_model.safetensors": parts.vae.state_dict(),
-        "image_encoder/model.safetensors": clip_folder_state(parts.clip),
-    }.items():
-        half = {key: tensor.cpu().half().contiguous() for key, tensor in state.items()}
-        with atomic(out / name) as path:
-            save_file(half, path, metadata={"format": "pt"})
+    """Write the folder, float16, with an unseen scene as its example."""
+    write_folder(out, parts.unet, parts.vae, parts.clip, GENERATION, torch.float16)
     save_sheet(out / "example.png", run.unit(draw_captioned(np.random.default_rng(HELD_OUT_SEED), 1)[0]), zoom=1)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors")) / 1e6
-    run.log(f"wrote {out}, {levels} levels, {size:.1f} MB of weights")
-
-
-def clip_folder_state(clip: ImageEncoder) -> dict[str, Tensor]:
-    """The image encoder's tensors under the folder's names: the loader's own tables, read backwards."""
-    state = {}
-    for name, tensor in clip.state_dict().items():
-        names, _ = sources(name, CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME)
-        tensor = tensor.T if name == "visual.proj" else tensor
-        state |= dict(zip(names, tensor.chunk(len(names)), strict=True))
-    return state
+    run.log(f"wrote {out}, {size:.1f} MB of weights")
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
