@@ -7,13 +7,13 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import scenes
 import torch
 from einops import rearrange
-from folder_layout import atomic
 from PIL import Image
 
 import minisvd
+import scenes
+from folder_layout import atomic
 
 SEED = 7
 ROWS = ((230, 0), (230, 1), (130, 2), (60, 3))  # motion bucket, scene

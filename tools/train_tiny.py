@@ -65,7 +65,9 @@ UNET = UNetConfig(
     cross_attention_dim=CLIP.projection_dim,
     addition_time_embed_dim=32,
 )
-GENERATION = GenerationConfig(num_frames=scenes.FRAMES, guidance=(1.0, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8)
+GENERATION = GenerationConfig(
+    num_frames=scenes.FRAMES, guidance=(1.0, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
+)
 
 HELD_OUT_SEED = 1_000_003
 EMA_DECAY = 0.999
