@@ -241,7 +241,7 @@ def account(args: argparse.Namespace) -> None:
             print(f"{name:<24}{each.parameters:>14,}{macs}")
     print(f"\n{steps} steps, {run.guided} guided and {run.single} on one branch (T = 10^12 MACs)")
     ledger = {
-        "as published, every step guided": run.full,
+        "as diffusers runs it, every step guided": run.full,
         "saved: a video's conditions projected once": -run.by_sharing,
         "saved: cross-attentions folded or omitted": -run.by_build,
         "saved: guidance dropped": -run.by_guidance,
@@ -258,7 +258,7 @@ def configuration(source: str) -> tuple[UNetConfig, int, GenerationConfig, Vcut]
     """
     from minisvd.config import PRESETS, UNetConfig, VAEConfig
 
-    if source in PRESETS:
+    if source in PRESETS and not Path(source).exists():
         return UNetConfig(), VAEConfig().factor, PRESETS[source].generation, False
     from minisvd.checkpoint import locate
     from minisvd.folder import read_config, read_generation, read_vcut

@@ -1,0 +1,351 @@
+"""Parameters and multiply-accumulates (MACs) of the UNet as closed formulas: no weights, no compute, no torch.
+
+`unet_blocks` walks the U in the order in which it runs and yields its blocks, each a list of sites: a site is one
+weight, norm or pair of attention matmuls. Every number that this module gives is a sum over that walk.
+
+    linear        rows * c_in * c_out                    (a row is a token, or one video's condition)
+    convolution   cells * taps * c_in * c_out            (cells of the output; taps beyond the border count too)
+    q k^T, a v    2 * queries * keys * c                 (over all heads)
+
+Norms, activations, sums and the sinusoids are not counted, as in torch's FlopCounterMode, whose FLOPs are 2 MACs.
+Axes as in attention.py: b batch (2 in a guided step), t frames, c channels, h w latent grid, s = h*w tokens.
+
+Source of the figures to compare with: arXiv 2407.19205, Tables II and III; its counter does not see the matmuls.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from minisvd.config import UNetConfig, Vcut
+
+SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3  # kernels 3x3 and 3x1x1
+KINDS = (
+    "embedding",
+    "convolution",
+    "temporal convolution",
+    "projection",
+    "self-attention",
+    "temporal self-attention",
+    "SCA",
+    "TCA",
+    "feed-forward",
+    "temporal feed-forward",
+    "blend",
+)
+"""What a site is there for. A norm belongs to the kind that it comes before."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What stands at the cross-attentions in space (SCA) and along time (TCA).
+
+    sca, tca    "attention", "linear" (a CachedCondLinear, outside of the step) or "none"
+    repeated    noise level, frame number and image are projected anew for every frame, and for TCA every place, that
+                they serve, as diffusers does; minisvd projects them once for each video
+    """
+
+    sca: str
+    tca: str
+    repeated: bool = False
+
+
+BUILDS: dict[Vcut, Build] = {
+    False: Build("attention", "attention"),
+    "lossless": Build("linear", "linear"),
+    True: Build("linear", "none"),
+}
+"""By the `vcut` of SpatioTemporalUNet."""
+
+PUBLISHED = Build("attention", "attention", repeated=True)
+"""The released model as diffusers runs it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sums over sites: MACs of one forward, the part of them in q k^T and a v, and those that come once a video."""
+
+    parameters: int
+    macs: int
+    matmul: int
+    once: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of the network that holds parameters or multiplies; `name` is its module's, the numbers as in Cost."""
+
+    name: str
+    kind: str
+    parameters: int = 0
+    macs: int = 0
+    matmul: int = 0
+    once: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of the U. `enters` and `leaves` are (c, h, w) of each frame, or (c,) of each video's condition.
+
+    level    how deep in the U, 0 outermost
+    skip     channels of the skip that joins those of `enters`, or 0
+    keeps    is what leaves kept as a skip?
+    """
+
+    name: str
+    level: int
+    enters: tuple[int, ...]
+    leaves: tuple[int, ...]
+    sites: tuple[Site, ...]
+    skip: int = 0
+    keeps: bool = False
+
+
+def total(sites: Iterable[Site]) -> Cost:
+    """The sum over sites, field by field."""
+    rows = [(site.parameters, site.macs, site.matmul, site.once) for site in sites]
+    return Cost(*(sum(column) for column in zip((0, 0, 0, 0), *rows, strict=True)))
+
+
+def unet_cost(
+    config: UNetConfig, frames: int, size: tuple[int, int], batch: int = 2, build: Build = BUILDS[False]
+) -> Cost:
+    """Parameters, and MACs of one forward. `size` is (w, h) in latent cells; raises what `unet_blocks` raises."""
+    return total(site for block in unet_blocks(config, frames, size, batch, build) for site in block.sites)
+
+
+def by_kind(sites: Iterable[Site]) -> dict[str, Cost]:
+    """The sum over the sites of each kind, in the order of KINDS."""
+    sites = list(sites)
+    return {kind: total(site for site in sites if site.kind == kind) for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Run:
+    """MACs of the UNet in one sampling run, and where the rest went: full = by_sharing + by_build + by_guidance + macs.
+
+    full            PUBLISHED, every step guided
+    by_sharing      saved by projecting each condition once for all frames and places that it serves
+    by_build        saved by the build: no cross-attention in any step, less its linears, once a video. For vcut=True
+                    all but those linears is the fold's: omitting TCA saves parameters and no more work in a step
+    by_guidance     saved by running one branch instead of two from cut_step on
+    """
+
+    guided: int
+    single: int
+    full: int
+    by_sharing: int
+    by_build: int
+    by_guidance: int
+    macs: int
+
+
+def run_cost(
+    config: UNetConfig,
+    frames: int,
+    size: tuple[int, int],
+    steps: int,
+    cut_step: int | None = None,
+    build: Build = BUILDS[False],
+) -> Run:
+    """One video in `steps` steps, those before `cut_step` guided (arXiv 2407.19205, two-stage guidance).
+
+    A guided step is one forward on two branches, a single one on half of that. The linears are computed once, on both
+    branches. Raises ValueError for fewer than one step, a cut_step below 1, and what `unet_blocks` raises.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; need at least 1")
+    if cut_step is not None and cut_step < 1:
+        raise ValueError(f"cut_step is {cut_step}; steps count from 1, so need at least 1")
+    guided = steps if cut_step is None else min(cut_step - 1, steps)
+    full, shared = (steps * unet_cost(config, frames, size, 2, each).macs for each in (PUBLISHED, BUILDS[False]))
+    two, one = (unet_cost(config, frames, size, branches, build) for branches in (2, 1))
+    built = steps * two.macs + two.once
+    macs = guided * two.macs + (steps - guided) * one.macs + two.once
+    return Run(guided, steps - guided, full, full - shared, shared - built, built - macs, macs)
+
+
+def tree(blocks: Iterable[Block]) -> str:
+    """The U as it runs, a line for each block: skips as brackets on the left, depth as indentation.
+
+    Shapes are (c, h, w) of each frame; G is 10^9 MACs of one forward.
+    """
+    blocks = list(blocks)
+    width, held, lines = sum(block.keeps for block in blocks), 0, []
+    for block in blocks:
+        held -= block.skip > 0
+        corner = "╭" if block.keeps else "╰" if block.skip else " "
+        reach = " " if corner == " " else "─"
+        margin = "│" * held + corner + reach * (width - held) + ("▶" if block.skip else reach)
+        held += block.keeps
+        c, *grid = map(str, block.enters)
+        enters = [f"{c}+{block.skip}" if block.skip else c, *grid]
+        shapes = f"[{', '.join(enters)}]", f"[{', '.join(map(str, block.leaves))}]"
+        lines.append(row(margin, "  " * block.level + block.name, *shapes, total(block.sites)))
+    everything = total(site for block in blocks for site in block.sites)
+    head = f"{'':<{width + 2}} {'block':<34} {'enters':>19}   {'leaves':<15} {'parameters':>13} {'G':>9}"
+    return "\n".join([head, *lines, row(" " * (width + 2), "total", "", "", everything, arrow=" ")])
+
+
+def row(margin: str, name: str, enters: str, leaves: str, cost: Cost, arrow: str = "→") -> str:
+    """One line of a tree."""
+    numbers = f"{cost.parameters:>13,} {cost.macs / 1e9:>9,.2f}"
+    return f"{margin} {name:<34} {enters:>19} {arrow} {leaves:<15} {numbers}"
+
+
+def opened(block: Block) -> str:
+    """A block's sites in running order; G is 10^9 MACs of one forward, M 10^6 once a video."""
+    lines = [f"{'inside ' + block.name:<49} {'kind':<23} {'parameters':>13} {'G':>9} {'M once':>7}"]
+    for site in block.sites:
+        name = site.name.removeprefix(block.name + ".") + (": q k^T, a v" if site.matmul else "")
+        numbers = f"{site.parameters:>13,} {site.macs / 1e9:>9,.2f} {site.once / 1e6:>7.2f}"
+        lines.append(f"{name:<49} {site.kind:<23} {numbers}")
+    return "\n".join(lines)
+
+
+# --- the walk -----------------------------------------------------------------------------------------------------
+
+
+def unet_blocks(
+    config: UNetConfig, frames: int, size: tuple[int, int], batch: int = 2, build: Build = BUILDS[False]
+) -> Iterator[Block]:
+    """The blocks of SpatioTemporalUNet in running order, for `batch` videos of `frames` frames.
+
+    `size` is (w, h) in latent cells, an eighth of the pixels. Raises ValueError for a size that is no multiple of
+    `config.stride`, and for fewer than one frame or video.
+    """
+    (w, h), widths, c_emb = size, config.block_out_channels, 4 * config.block_out_channels[0]
+    if min(w, h) < 1 or w % config.stride or h % config.stride:
+        raise ValueError(f"size is {w}x{h} latent cells; need multiples of {config.stride}")
+    for name, count in (("frames", frames), ("batch", batch)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; need at least 1")
+    grids = [(h >> level, w >> level) for level in range(len(widths))]
+
+    def timestep(name: str, c: int) -> Block:
+        return Block(name, 0, (c,), (c_emb,), tuple(embedding(name, batch, c, c_emb, c_emb)))
+
+    def convolved(name: str, level: int, c_in: int, c: int, to: int, keeps: bool = False) -> Block:
+        cells = batch * frames * grids[to][0] * grids[to][1]
+        site = conv(name, "convolution", cells, SPATIAL_TAPS, c_in, c)
+        return Block(name.removesuffix(".conv"), level, (c_in, *grids[level]), (c, *grids[to]), (site,), keeps=keeps)
+
+    def residual(name: str, level: int, c_in: int, skip: int = 0, keeps: bool = False) -> Block:
+        grid, c = grids[level], widths[level]
+        sites = residual_sites(name, c_in + skip, c, c_emb, batch, frames, grid[0] * grid[1], build)
+        return Block(name, level, (c_in, *grid), (c, *grid), tuple(sites), skip, keeps)
+
+    def transformer(name: str, level: int, keeps: bool = False) -> Block:
+        grid, c = grids[level], widths[level]
+        sites = transformer_sites(name, c, config.cross_attention_dim, batch, frames, grid[0] * grid[1], build)
+        return Block(name, level, (c, *grid), (c, *grid), tuple(sites), keeps=keeps)
+
+    yield timestep("time_embedding", widths[0])
+    yield timestep("add_embedding", 3 * config.addition_time_embed_dim)
+    yield convolved("conv_in", 0, config.in_channels, widths[0], to=0, keeps=True)
+    x, skips, last = widths[0], [widths[0]], len(widths) - 1
+    for level, c in enumerate(widths):
+        for i in range(config.layers_per_block):
+            yield residual(f"down_blocks.{level}.resnets.{i}", level, x, keeps=not config.attention[level])
+            if config.attention[level]:
+                yield transformer(f"down_blocks.{level}.attentions.{i}", level, keeps=True)
+            x = c
+            skips.append(x)
+        if level < last:
+            yield convolved(f"down_blocks.{level}.downsamplers.0.conv", level, x, x, to=level + 1, keeps=True)
+            skips.append(x)
+    yield residual("mid_block.resnets.0", last, x)
+    yield transformer("mid_block.attentions.0", last)
+    yield residual("mid_block.resnets.1", last, x)
+    for up, level in enumerate(reversed(range(len(widths)))):
+        for i in range(config.layers_per_block + 1):
+            yield residual(f"up_blocks.{up}.resnets.{i}", level, x, skip=skips.pop())
+            x = widths[level]
+            if config.attention[level]:
+                yield transformer(f"up_blocks.{up}.attentions.{i}", level)
+        if level > 0:
+            yield convolved(f"up_blocks.{up}.upsamplers.0.conv", level, x, x, to=level - 1)
+    norm_out = norm("conv_norm_out", "convolution", x)
+    yield Block("conv_norm_out", 0, (x, *grids[0]), (x, *grids[0]), (norm_out,))
+    yield convolved("conv_out", 0, x, config.out_channels, to=0)
+
+
+def residual_sites(name: str, c_in: int, c: int, c_emb: int, b: int, t: int, s: int, build: Build) -> Iterator[Site]:
+    """SpatioTemporalResBlock: in space from c_in to c, then along time, then blended."""
+    space, time, rows = f"{name}.spatial_res_block", f"{name}.temporal_res_block", b * t if build.repeated else b
+    for twin, kind, taps, width in (
+        (space, "convolution", SPATIAL_TAPS, c_in),
+        (time, "temporal convolution", TEMPORAL_TAPS, c),
+    ):
+        yield norm(f"{twin}.norm1", kind, width)
+        yield conv(f"{twin}.conv1", kind, b * t * s, taps, width, c)
+        yield linear(f"{twin}.time_emb_proj", "embedding", rows, c_emb, c)
+        yield norm(f"{twin}.norm2", kind, c)
+        yield conv(f"{twin}.conv2", kind, b * t * s, taps, c, c)
+        if width != c:
+            yield conv(f"{twin}.conv_shortcut", kind, b * t * s, 1, width, c)
+    yield Site(f"{name}.time_mixer", "blend", parameters=1)
+
+
+def transformer_sites(name: str, c: int, c_context: int, b: int, t: int, s: int, build: Build) -> Iterator[Site]:
+    """SpatialTransformer: within each frame over its s tokens, then along time over the t tokens of each place."""
+    space, time, tokens = f"{name}.transformer_blocks.0", f"{name}.temporal_transformer_blocks.0", b * t * s
+    yield norm(f"{name}.norm", "projection", c)
+    yield linear(f"{name}.proj_in", "projection", tokens, c, c)
+    yield norm(f"{space}.norm1", "self-attention", c)
+    yield from attention(f"{space}.attn1", "self-attention", c, tokens, s, tokens, c)
+    yield from cross_attention(space, "SCA", build.sca, c, tokens, b, b * t if build.repeated else b, c_context)
+    yield norm(f"{space}.norm3", "feed-forward", c)
+    yield from feed_forward(f"{space}.ff", "feed-forward", tokens, c)
+    yield from embedding(f"{name}.time_pos_embed", b * t if build.repeated else t, c, 4 * c, c)
+    yield norm(f"{time}.norm_in", "temporal feed-forward", c)
+    yield from feed_forward(f"{time}.ff_in", "temporal feed-forward", tokens, c)
+    yield norm(f"{time}.norm1", "temporal self-attention", c)
+    yield from attention(f"{time}.attn1", "temporal self-attention", c, tokens, t, tokens, c)
+    yield from cross_attention(time, "TCA", build.tca, c, tokens, b, b * s if build.repeated else b, c_context)
+    yield norm(f"{time}.norm3", "temporal feed-forward", c)
+    yield from feed_forward(f"{time}.ff", "temporal feed-forward", tokens, c)
+    yield Site(f"{name}.time_mixer", "blend", parameters=1)
+    yield linear(f"{name}.proj_out", "projection", tokens, c, c)
+
+
+def cross_attention(
+    block: str, kind: str, form: str, c: int, queries: int, b: int, rows: int, c_context: int
+) -> Iterator[Site]:
+    """A transformer block's norm2 and attn2 on one key, in the form that the build gives it."""
+    if form == "attention":
+        yield norm(f"{block}.norm2", kind, c)
+        yield from attention(f"{block}.attn2", kind, c, queries, 1, rows, c_context)
+    elif form == "linear":
+        yield Site(f"{block}.attn2", kind, parameters=c_context * c + c, once=b * c_context * c)
+
+
+def attention(name: str, kind: str, c: int, queries: int, keys: int, rows: int, c_context: int) -> Iterator[Site]:
+    """Attention of `queries` tokens to `keys` keys each, out of `rows` context tokens in all."""
+    yield linear(f"{name}.to_q", kind, queries, c, c, bias=False)
+    yield linear(f"{name}.to_k", kind, rows, c_context, c, bias=False)
+    yield linear(f"{name}.to_v", kind, rows, c_context, c, bias=False)
+    yield Site(name, kind, macs=2 * queries * keys * c, matmul=2 * queries * keys * c)
+    yield linear(f"{name}.to_out.0", kind, queries, c, c)
+
+
+def feed_forward(name: str, kind: str, tokens: int, c: int) -> Iterator[Site]:
+    """GEGLU to 4c, of which the gate is as much again, and back."""
+    yield linear(f"{name}.net.0.proj", kind, tokens, c, 8 * c)
+    yield linear(f"{name}.net.2", kind, tokens, 4 * c, c)
+
+
+def embedding(name: str, rows: int, c_in: int, c_hidden: int, c_out: int) -> Iterator[Site]:
+    yield linear(f"{name}.linear_1", "embedding", rows, c_in, c_hidden)
+    yield linear(f"{name}.linear_2", "embedding", rows, c_hidden, c_out)
+
+
+def linear(name: str, kind: str, rows: int, c_in: int, c_out: int, bias: bool = True) -> Site:
+    return Site(name, kind, parameters=c_in * c_out + bias * c_out, macs=rows * c_in * c_out)
+
+
+def conv(name: str, kind: str, cells: int, taps: int, c_in: int, c_out: int) -> Site:
+    return Site(name, kind, parameters=taps * c_in * c_out + c_out, macs=cells * taps * c_in * c_out)
+
+
+def norm(name: str, kind: str, c: int) -> Site:
+    return Site(name, kind, parameters=2 * c)
