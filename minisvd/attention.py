@@ -106,7 +106,6 @@ class FeedForward(nn.Module):
 
 class CachedCondLinear(nn.Linear):
     """W c + b: all that a cross-attention to one key c computes, with W = to_out.weight to_v.weight, b = to_out.bias.
-
     softmax(q k^T / sqrt(d)) over one key is 1, so to_out(1 * to_v(c)) = W c + b for every query q (arXiv 2407.19205,
     section III). Context [b, 1, c'] -> [b, 1, c], once per video: the caller keeps the result, the module keeps none.
     """
@@ -142,14 +141,11 @@ class CachedCross(nn.Module):
         return rearrange(x, "b (r s) c -> (b r) s c", r=r)
 
 
-class NoCross(nn.Module):
+class NoCross(CrossAttention):
     """An approximation: the image is not heard here (arXiv 2407.19205 omits all temporal cross-attentions)."""
 
     def add_cross(self, *_sizes: int) -> None:
         pass
-
-    def condition(self, context: Tensor) -> Tensor:
-        return context
 
     def cross(self, x: Tensor, _context: Tensor) -> Tensor:
         return x
@@ -206,11 +202,16 @@ class UncrossedTemporalBasicTransformerBlock(NoCross, TemporalBasicTransformerBl
     """Along time, the image not heard."""
 
 
-BLOCKS = {  # vcut: (the block within a frame, the block along time)
+class Builds(dict):
+    def __missing__(self, vcut: object) -> None:
+        raise ValueError(f"vcut is {vcut!r}; need False, True or 'lossless'")
+
+
+BLOCKS = Builds({  # vcut: (the block within a frame, the block along time)
     False: (BasicTransformerBlock, TemporalBasicTransformerBlock),
     "lossless": (CachedBasicTransformerBlock, CachedTemporalBasicTransformerBlock),
     True: (CachedBasicTransformerBlock, UncrossedTemporalBasicTransformerBlock),
-}
+})  # fmt: skip
 
 Context = tuple[Tensor, ...]  # what one transformer's two blocks take, each [b, 1, ...]
 

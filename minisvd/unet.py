@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisvd.attention import AlphaBlender, Context, SpatialTransformer, TimestepEmbedding, sinusoidal_embedding
-from minisvd.config import NUM_GROUPS, UNetConfig, Vcut, check_vcut
+from minisvd.config import NUM_GROUPS, UNetConfig, Vcut
 
 
 class ResnetBlock2D(nn.Module):
@@ -200,7 +200,6 @@ class SpatioTemporalUNet(nn.Module):
 
     def __init__(self, config: UNetConfig, vcut: Vcut = False) -> None:
         super().__init__()
-        check_vcut(vcut)
         self.config, self.vcut = config, vcut
         widths, levels = config.block_out_channels, range(len(config.block_out_channels))
         c_emb, c_ids = 4 * widths[0], 3 * config.addition_time_embed_dim

@@ -89,7 +89,7 @@ def test_json_is_one_object_that_says_how_to_do_it_again(
     generation = minisvd.load(tiny_folder).generation
     expected = {"model": str(tiny_folder), "device": "cpu", "dtype": "float32", "seed": 0, "frames": 2, "steps": 1}
     expected |= {"fps": 7, "motion_bucket": 127, "noise_aug": 0.02, "guidance": list(generation.guidance)}
-    expected |= {"cut_step": 1, "stage2": "cond", "size": [64, 64], "fit": "crop"}
+    expected |= {"cut_step": 1, "stage2": "mean", "size": [64, 64], "fit": "crop"}
     assert {key: report[key] for key in expected} == expected
     assert report["seconds"] >= sum(video["seconds"] for video in report["videos"]) > 0
     assert report["versions"]["minisvd"] == minisvd.__version__
@@ -168,7 +168,7 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate photo.png -o clip.mp4 --noise-aug nan", "noise_aug is nan"),
         ("generate photo.png -o clip.mp4 --guidance 3 1", "3"),
         ("generate photo.png -o clip.mp4 --cut-step 0", "cut_step"),
-        ("generate photo.png -o clip.mp4 --stage2 mean", "--stage2: invalid choice: 'mean'"),
+        ("generate photo.png -o clip.mp4 --stage2 both", "--stage2: invalid choice: 'both'"),
         ("generate photo.png -o clip.mp4 --fit cover", "--fit: invalid choice: 'cover'"),
         ("generate photo.png -o clip.mp4 --frame 3", "unrecognized arguments: --frame 3"),
         ("generate photo.png -o clip.mp4 --device gpu", "device 'gpu' cannot be used on this machine: use cpu"),

@@ -66,7 +66,7 @@ UNET = UNetConfig(
     addition_time_embed_dim=32,
 )
 GENERATION = GenerationConfig(
-    num_frames=scenes.FRAMES, guidance=(1.0, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
+    num_frames=scenes.FRAMES, guidance=(1.5, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
 )
 
 HELD_OUT_SEED = 1_000_003
