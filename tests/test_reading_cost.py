@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import minisvd
 from reading_cost import If, ReadingCost, find_recipe, main, minisvd_unet, reading_cost
 
 ROOT = Path(__file__).parent.parent
-MODEL = (ROOT / "minisvd/attention.py", ROOT / "minisvd/unet.py")
+PACKAGE = Path(minisvd.__file__).parent  # as installed, which need not be the checkout
+MODEL = (PACKAGE / "attention.py", PACKAGE / "unet.py")
 BRANCHES = ast.If | ast.IfExp | ast.Match | ast.While
 
 measures = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no columns of instructions")
