@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import minisvd
+from checkpoint_files import small_modules, write_folder, write_single_file
 from conftest import relative_error
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
 from minisvd.attention import CachedCondLinear
@@ -320,6 +321,18 @@ def test_folding_at_load_is_the_float64_product_rounded_once(tiny_folder, vcut, 
         else:
             assert torch.equal(tensor, source[name].to(dtype))
     assert checked == sum(isinstance(m, CachedCondLinear) for m in unet.modules())
+
+
+@pytest.mark.parametrize("vcut", [False, "lossless", True])
+def test_both_layouts_fold_to_the_same_network(tmp_path, vcut):
+    modules = small_modules()
+    file, folder = write_single_file(tmp_path / "s.safetensors", modules), write_folder(tmp_path / "f", modules)
+    config = modules["unet"].config
+    assert isinstance(config, UNetConfig)
+    a = minisvd.load_unet(file, config=config, vcut=vcut).state_dict()
+    b = minisvd.load_unet(folder, vcut=vcut).state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_the_tensors_that_a_fold_drops_are_exactly_the_dead_ones(tiny_folder):
