@@ -14,7 +14,7 @@ Source: arXiv 2311.15127, appendix D; arXiv 2304.08818 (temporal decoder).
 """
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        pairs = zip((widths[0], *widths), widths, strict=False)
+        pairs = pairwise((widths[0], *widths))
         self.down_blocks = nn.ModuleList([DownBlock(a, b, i == len(widths) - 1) for i, (a, b) in enumerate(pairs)])
         self.mid_block = MidBlock(widths[-1])
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[-1], SPATIAL_EPS)
@@ -237,7 +237,7 @@ class TemporalDecoder(nn.Module):
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = TemporalMidBlock(widths[0])
-        pairs = zip((widths[0], *widths), widths, strict=False)
+        pairs = pairwise((widths[0], *widths))
         self.up_blocks = nn.ModuleList([UpBlock(a, b, i == len(widths) - 1) for i, (a, b) in enumerate(pairs)])
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[-1], SPATIAL_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
