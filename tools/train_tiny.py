@@ -72,7 +72,7 @@ GENERATION = GenerationConfig(
 HELD_OUT_SEED = 1_000_003
 EMA_DECAY = 0.999
 KL_WEIGHT = 1e-4  # of the KL divergence per latent number, against the loss per colour value
-LATENT_NOISE = 0.03  # on unit-variance latents, when the temporal decoder learns: sampled ones are not exact either
+LATENT_NOISE = 0.3  # at most, on unit-variance latents, when the temporal decoder learns: sampled ones are not exact
 SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
@@ -92,7 +92,7 @@ class Stage:
     report: int
 
 
-VAE_FRAMES = Stage("vae-frames", steps=2800, batch=8, lr=1.5e-3, report=400)
+VAE_FRAMES = Stage("vae-frames", steps=1700, batch=8, lr=1.5e-3, report=340)
 VAE_VIDEO = Stage("vae-video", steps=250, batch=2, lr=5e-4, report=50)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
 UNET_VIDEO = Stage("unet", steps=4000, batch=8, lr=8e-4, report=1000)
@@ -373,20 +373,20 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
         vae.quant_conv.requires_grad_(False)
         return vae
 
-    def decode(vae: AutoencoderKLTemporalDecoder, video: Tensor, noise: float) -> Tensor:
+    def decode(vae: AutoencoderKLTemporalDecoder, video: Tensor, noise: Tensor) -> Tensor:
         z = encode_video(run, vae, video)
-        z = (z + noise * torch.randn_like(z)) / VAE.scaling_factor
+        z = (z + noise[:, None, None, None, None] * torch.randn_like(z)) / VAE.scaling_factor
         weights = {name: weight.bfloat16() for name, weight in vae.decoder.named_parameters()}
         return functional_call(vae.decoder, weights, (z.bfloat16(), video.shape[1]))
 
     def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
         frames, silhouettes = draw_clips(rng, batch)
         video, silhouette = run.unit(frames), torch.from_numpy(silhouettes).to(run.device)
-        output = decode(vae, video, LATENT_NOISE)
+        output = decode(vae, video, LATENT_NOISE * torch.rand(batch, device=run.device))
         return reconstruction_loss(output.flatten(0, 1), video.flatten(0, 1), silhouette.flatten(0, 1))
 
     def report(vae: AutoencoderKLTemporalDecoder) -> str:
-        clean, noisy = (decode(vae, held_out, noise) for noise in (0.0, LATENT_NOISE))
+        clean, noisy = (decode(vae, held_out, torch.full((6,), noise)) for noise in (0.0, LATENT_NOISE))
         save_sheet(run.work / "vae-video.png", held_out[0], clean[0], held_out[1], clean[1])
         return f"held-out PSNR {psnr(clean, held_out):.2f} dB, from noisy latents {psnr(noisy, held_out):.2f} dB"
 
