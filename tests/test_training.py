@@ -1,0 +1,124 @@
+"""Theorem: training is the same bits from the same seed, stopped or not; and Muon's step is what it says.
+
+`fit` trains a small UNet here, with the loss and the optimizers that the shipped one has.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train_tiny
+from minisvd import SpatioTemporalUNet, UNetConfig
+from train_tiny import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised
+
+STAGE = Stage("unet", steps=6, batch=2, lr=1e-3, report=100)
+CONFIG = UNetConfig(
+    block_out_channels=(32, 32),
+    attention=(True, False),
+    num_attention_heads=(2, 2),
+    layers_per_block=1,
+    cross_attention_dim=8,
+    addition_time_embed_dim=8,
+)
+
+
+class Stopped(Exception):
+    """What a stopped process looks like from inside."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(train_tiny, "STAGES", (STAGE,))
+    monkeypatch.setattr(train_tiny, "SAVE_EVERY", 0)
+
+
+def train(work: Path, seed: int = 0, stop_at: int | None = None) -> dict[str, Tensor]:
+    """The averaged weights after the stage; Stopped while step `stop_at` is under way."""
+    work.mkdir(exist_ok=True)
+    calls = []
+
+    def loss(unet: nn.Module, rng: np.random.Generator, batch: int) -> Tensor:
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise Stopped
+        sample = torch.from_numpy(rng.standard_normal((batch, 2, 8, 8, 8), dtype=np.float32))
+        out = unet(sample, torch.zeros(batch), torch.ones(batch, 1, 8), torch.ones(batch, 3))
+        return (out - sample[:, :, :4] + torch.randn_like(out)).square().mean()
+
+    run = Run(work, torch.device("cpu"), seed)
+    return fit(run, STAGE, lambda: SpatioTemporalUNet(CONFIG), loss, lambda _: "", muon_and_adamw).state_dict()
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
+    return sum(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_seed_fixes_the_bits(tmp_path):
+    weights = train(tmp_path / "a")
+    assert differing(weights, train(tmp_path / "b")) == 0
+    assert differing(weights, train(tmp_path / "c", seed=1)) > len(weights) / 2  # control
+
+
+def test_a_stopped_run_goes_on_as_it_would(tmp_path):
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(tmp_path / "parts", stop_at=4)
+    assert torch.load(tmp_path / "parts" / "unet.pt")["step"] == 3
+    assert differing(whole, train(tmp_path / "parts")) == 0
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "forgetful", stop_at=4)
+    state = torch.load(tmp_path / "forgetful" / "unet.pt")
+    fresh = [optimizer.state_dict() for optimizer in muon_and_adamw(SpatioTemporalUNet(CONFIG), STAGE.lr)]
+    torch.save(state | {"optimizers": fresh}, tmp_path / "forgetful" / "unet.pt")
+    assert differing(whole, train(tmp_path / "forgetful")) > 0  # control: without the optimizers' past
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    weights = train(tmp_path)
+    assert differing(weights, train(tmp_path, stop_at=1)) == 0
+    (tmp_path / "unet.pt").unlink()
+    with pytest.raises(Stopped):  # control
+        train(tmp_path, stop_at=1)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16)])
+def test_orthogonalised_keeps_directions_and_levels_their_sizes(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = torch.linalg.svdvals(matrices)
+    after = torch.linalg.svdvals(orthogonalised(matrices).float())
+    print(f"singular values {before.min():.2f} to {before.max():.2f} become {after.min():.2f} to {after.max():.2f}")
+    assert ((after > 0.6) & (after < 1.3)).all()
+    assert before.max() / before.min() > 2  # control
+
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    aligned = torch.linalg.diagonal(u.mT @ orthogonalised(matrices).float() @ vh.mT)
+    assert (aligned > 0.6).all()
+    u, _, vh = torch.linalg.svd(matrices.roll(1, dims=0), full_matrices=False)
+    assert not (torch.linalg.diagonal(u.mT @ orthogonalised(matrices).float() @ vh.mT) > 0.6).any()  # control
+
+
+def test_muon_steps_are_as_large_as_stated():
+    """Root mean square 0.4 lr for a full-rank gradient, whatever its size; none at all where there is no gradient."""
+    for scale in (1e-3, 1.0, 1e3):
+        kernel = nn.Parameter(torch.zeros(16, 8, 3, 3))
+        kernel.grad = scale * torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0))
+        Muon([kernel], lr=0.1).step()
+        size = kernel.detach().square().mean().sqrt().item()
+        print(f"gradient times {scale:g}: root mean square of the step {size:.4f}")
+        assert 0.7 * 0.04 < size < 1.2 * 0.04
+    dead = nn.Parameter(torch.zeros(16, 8))
+    dead.grad = torch.zeros(16, 8)
+    Muon([dead], lr=0.1).step()
+    assert (dead == 0).all()
+
+
+def test_every_parameter_has_one_optimizer():
+    unet = SpatioTemporalUNet(CONFIG)
+    muon, adamw = (group["params"] for each in muon_and_adamw(unet, 1e-3) for group in each.param_groups)
+    assert len({id(p) for p in [*muon, *adamw]}) == len(muon) + len(adamw) == len(list(unet.parameters()))
+    assert all(p.ndim > 1 for p in muon)
+    assert any(p is unet.conv_out.weight for p in adamw)

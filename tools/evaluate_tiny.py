@@ -1,0 +1,184 @@
+"""Held-out figures of the tiny model: `python tools/evaluate_tiny.py` prints them as a table, with 95 % intervals.
+
+Each scene is one that training never drew, with its own fps and motion bucket; what is right in every frame is known.
+Videos are made as any user makes them, by `svd(image, ...)` with the folder's own settings. The captions' text encoder
+lies beside the three parts, in `text_encoder/`; nothing else reads it.
+
+Axes: b batch, t frames, c channels, H W pixels.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+import minisvd
+import scenes
+from captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
+from metrics import TRAVEL, Measured, against_truth, bootstrap_interval, psnr, spearman, wilson_interval
+from minisvd import StableVideoDiffusion
+
+HELD_OUT_SEED = 1_000_003
+BATCH = 8
+CHOICES = 100  # captions that an image is compared with
+
+Clip = tuple[scenes.Scene, int, int, np.ndarray]  # scene, fps, motion bucket, true frames [t,3,H,W] as uint8
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measure over the held-out scenes, its 95 % interval, and the bar it is held to: at least, or at most."""
+
+    name: str
+    unit: str
+    value: float
+    low: float
+    high: float
+    bar: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
+
+    def row(self) -> str:
+        """As a row of a Markdown table."""
+        scale, unit = (100, " %") if self.unit == "%" else (1, f" {self.unit}".rstrip())
+        value, low, high, bar = (f"{scale * x:.{3 if not self.unit else 1}f}" for x in
+                                 (self.value, self.low, self.high, self.bar))  # fmt: skip
+        wanted = f"{'at least' if self.at_least else 'at most'} {bar.removesuffix('.0')}{unit}"
+        return f"| {self.name} | {value}{unit} | {low} to {high} | {wanted} | {'yes' if self.met else 'no'} |"
+
+
+HEADER = "| measure | figure | 95 % interval | wanted | met |\n|---|--:|--:|--:|---|"
+
+
+def draw_clips(count: int, seed: int = HELD_OUT_SEED) -> list[Clip]:
+    """Unseen scenes, each with its fps, its motion bucket and its true frames."""
+    rng = np.random.default_rng(seed)
+    return [scenes.random_clip(rng) for _ in range(count)]
+
+
+def images(clips: list[Clip]) -> Tensor:
+    """The clips' first frames [b,3,H,W] in [-1,1]: what a model is given."""
+    return torch.from_numpy(scenes.to_unit(np.stack([frames[0] for *_, frames in clips])))
+
+
+def generate(svd: StableVideoDiffusion, clips: list[Clip], progress: bool = True) -> Iterator[Tensor]:
+    """A video [t,3,H,W] in [0,1] for each clip's first frame, fps and motion bucket; clip i draws from seed i."""
+    with tqdm(total=len(clips), desc="videos", disable=not progress) as bar:
+        for start in range(0, len(clips), BATCH):
+            part = clips[start : start + BATCH]
+            seeds = list(range(start, start + len(part)))
+            fps, buckets = [clip[1] for clip in part], [clip[2] for clip in part]
+            for video in svd(images(part), fps=fps, motion_bucket=buckets, seed=seeds, progress=False):
+                yield video.frames
+                bar.update()
+
+
+@torch.inference_mode()
+def reconstructions(svd: StableVideoDiffusion, clips: list[Clip], progress: bool = True) -> list[float]:
+    """PSNR in dB of each whole clip after the VAE's encoder and its temporal decoder."""
+    results = []
+    for *_, frames in tqdm(clips, "reconstructions", disable=not progress):
+        truth = torch.from_numpy(scenes.to_unit(frames))
+        latents = svd.vae.encode(truth)[None] * svd.vae.config.scaling_factor
+        output = svd.vae.decode(latents, svd.generation.decode_chunk)[0]
+        results.append(psnr(((output + 1) / 2).clamp(0, 1), (truth + 1) / 2))
+    return results
+
+
+@torch.inference_mode()
+def retrieval(pair: CaptionedImages, count: int) -> list[bool]:
+    """Does each image find its own caption among `CHOICES` different ones?"""
+    rng, hits = np.random.default_rng(HELD_OUT_SEED), []
+    for _ in range(0, count, CHOICES):
+        frames, captions = draw_captioned(rng, CHOICES, distinct=True)
+        image, text = pair(torch.from_numpy(scenes.to_unit(frames)), tokens(captions))
+        hits += ((image @ text.T).argmax(1) == torch.arange(CHOICES)).tolist()
+    return hits
+
+
+def load_pair(svd: StableVideoDiffusion, folder: Path) -> CaptionedImages:
+    """The model's image encoder beside the text encoder that it was trained with."""
+    pair = CaptionedImages(svd.clip.config)
+    pair.image = svd.clip
+    pair.text.load_state_dict({name: value.float() for name, value in load_file(folder / TEXT_ENCODER).items()})
+    return pair.eval()
+
+
+def mean_figure(
+    name: str, unit: str, values: list[float] | np.ndarray, bar: float, statistic: Callable = np.mean
+) -> Figure:
+    """A mean or median with its bootstrap interval; decibels are to be many, errors few."""
+    return Figure(name, unit, float(statistic(values)), *bootstrap_interval(values, statistic), bar, unit == "dB")
+
+
+def share_figure(name: str, hits: list[bool], bar: float) -> Figure:
+    """A proportion with Wilson's interval."""
+    return Figure(name, "%", float(np.mean(hits)), *wilson_interval(sum(hits), len(hits)), bar, True)
+
+
+def video_figures(measured: list[Measured]) -> list[Figure]:
+    """The figures of generated videos. A shape that moves, but is not found, has the worst heading and no speed."""
+    moving = [one for one in measured if one.asked_speed * (scenes.FRAMES - 1) >= TRAVEL]
+    turns = np.nan_to_num([one.heading_error for one in moving], nan=180)
+    slips = np.nan_to_num([one.speed_error for one in moving], nan=1)
+    pace = np.array([(one.asked_speed, np.nan_to_num(one.speed)) for one in measured])
+    found = [one.found for one in measured]
+    ranks = bootstrap_interval(pace, lambda rows: spearman(rows[:, 0], rows[:, 1]))
+    return [
+        mean_figure("first frame against the image, PSNR", "dB", [one.first_frame_psnr for one in measured], 26),
+        Figure("frames in which the shape is found", "%", float(np.mean(found)),
+               *bootstrap_interval(np.array(found), np.mean), 0.98, True),
+        mean_figure("heading error, median", "degrees", turns, 15, np.median),
+        Figure("speed against the asked one, Spearman", "", spearman(pace[:, 0], pace[:, 1]), *ranks, 0.9, True),
+        mean_figure("relative error of the speed, median", "%", slips, 0.25, np.median),
+        share_figure("colour within 0.1 (RGB, L2)", [one.colour_error <= 0.1 for one in measured], 0.95),
+        share_figure("shape class kept", [one.shape_kept for one in measured], 0.95),
+    ]  # fmt: skip
+
+
+def evaluate(folder: Path, count: int, progress: bool = True) -> tuple[list[Figure], list[Measured]]:
+    """Every figure of the model in `folder` over `count` scenes, and the videos' own measures."""
+    svd = minisvd.load(folder)
+    clips = draw_clips(count)
+    parts = [
+        mean_figure("VAE reconstruction, PSNR", "dB", reconstructions(svd, clips, progress), 32),
+        share_figure(f"image finds its caption among {CHOICES}", retrieval(load_pair(svd, folder), 1000), 0.9),
+    ]
+    videos = zip(generate(svd, clips, progress), clips, strict=True)
+    measured = [against_truth(video, scene, bucket, fps) for video, (scene, fps, bucket, _) in videos]
+    return parts + video_figures(measured), measured
+
+
+def table(figures: list[Figure]) -> str:
+    return "\n".join([HEADER, *(figure.row() for figure in figures)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Held-out figures of the tiny model.")
+    parser.add_argument("--model", type=Path, default=Path("weights/tiny"), help="the folder")
+    parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and every video's measures")
+    args = parser.parse_args()
+    if args.scenes < 2:
+        parser.error(f"--scenes is {args.scenes}; need at least 2 for an interval")
+    if not (args.model / TEXT_ENCODER).is_file():
+        parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools/train_tiny.py wrote")
+    figures, measured = evaluate(args.model, args.scenes)
+    print(f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}")
+    if args.json is not None:
+        report = {"figures": [asdict(figure) for figure in figures], "videos": [asdict(one) for one in measured]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Measures of videos: consistency, dynamics, fidelity, statistics, and distance from a known right answer.
+
+Axes: t frames, n frames of any videos, c = 3 colours (RGB), h w pixels, d features, m elements of a sample. Frames are
+float tensors [t,3,h,w] in [0,1]. A feature extractor is any callable from frames [n,3,h,w] to features [n,d].
+
+Where the formulas come from. "Faster Image2Video Generation" (arXiv 2407.19205), section IV-B, measures with its Eq. 5
+to 8: subject consistency, background consistency, video-image subject and video-image background consistency. The text
+of these equations was not at hand. So nothing here claims to be equal to them: each formula is that of VBench, on
+which the paper's section builds, and its docstring names the source. What VBench fixes beside the formula is left to
+the caller: which network makes the features, which videos and images are measured, at how many frames a second.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+import minisvd
+import scenes
+
+Features = Callable[[Tensor], Tensor]
+Flow = Callable[[Tensor], Tensor]
+Values = np.ndarray | Sequence[float]
+
+BATCH = 16  # frames in a network at a time
+HUBS = ("hf-hub:", "local-dir:")  # how a model's name begins that is in neither library
+
+
+# --- consistency ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Consistencies:
+    """What the paper's Eq. 5 to 8 name, each in [0,1]: see `consistency` and `image_consistency`."""
+
+    subject: float
+    background: float
+    image_subject: float
+    image_background: float
+
+
+def consistencies(frames: Tensor, image: Tensor, *, subject: Features, background: Features) -> Consistencies:
+    """The four measures of frames [t,3,h,w] that were made from an image [3,H,W], with one extractor for each pair.
+
+    Subject and background differ in nothing but the extractor. VBench takes DINO for the subject; for the background
+    it takes CLIP, and DreamSim where the video is compared with its image.
+    """
+    if len(frames) < 2 or image.ndim != 3:
+        raise ValueError(f"frames are {list(frames.shape)}, image {list(image.shape)}: need [t,3,h,w], t > 1, [3,H,W]")
+    d, c = subject(frames), background(frames)
+    return Consistencies(
+        subject=consistency(d),
+        background=consistency(c),
+        image_subject=image_consistency(subject(image[None])[0], d),
+        image_background=image_consistency(background(image[None])[0], c),
+    )
+
+
+def consistency(features: Tensor) -> float:
+    """How alike the features [t,d] of a video's frames are: the mean over t = 2..T of (<d_1, d_t> + <d_t-1, d_t>) / 2.
+
+    <,> is the cosine, and 0 where that is negative. Source: VBench (arXiv 2311.17982), supplementary material, whose
+    formula S_subject (DINO) and S_background (CLIP) was read as others quote it; the cut at 0 is in VBench's code,
+    vbench/subject_consistency.py and background_consistency.py.
+    """
+    to_first, to_previous = similarity(features[:1], features[1:]), similarity(features[:-1], features[1:])
+    return ((to_first + to_previous) / 2).mean().item()
+
+
+def image_consistency(image: Tensor, features: Tensor, weights: tuple[float, float, float] = (0.4, 0.3, 0.3)) -> float:
+    """How alike a video's frames, features [t,d], are to the image that it was made from, feature [d].
+
+    a max_t <x, d_t> + b mean_t <d_t-1, d_t> + c min_t <d_t-1, d_t> with weights (a, b, c), <,> as in `consistency`.
+    Source: VBench-I2V's code, vbench2_beta_i2v/i2v_subject.py (DINO) and i2v_background.py (DreamSim), which VBench++
+    (arXiv 2411.13503), section 3.1.3, calls a weighted average. An earlier commit of the code has (0.5, 0.5, 0).
+    """
+    to_image, to_previous = similarity(image[None], features), similarity(features[:-1], features[1:])
+    parts = torch.stack([to_image.max(), to_previous.mean(), to_previous.min()])
+    return (parts @ torch.tensor(weights, dtype=parts.dtype)).item()
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """max(0, cosine) of rows [n,d], in float64; 0 for a row of zeros, which has no direction."""
+    return F.cosine_similarity(a.double(), b.double(), dim=-1).clamp(min=0)
+
+
+# --- feature extractors ---------------------------------------------------------------------------------------------
+
+
+def pixel_features(frames: Tensor) -> Tensor:
+    """The pixels of frames [n,3,h,w] themselves, less each frame's mean: [n, 3*h*w]."""
+    pixels = rearrange(frames, "n c h w -> n (c h w)")
+    return pixels - pixels.mean(dim=1, keepdim=True)
+
+
+def tiny_features() -> Features:
+    """The image encoder of the tiny model that minisvd ships, trained on 64x64 scenes: d = 128."""
+    clip = minisvd.load("tiny").clip
+    return _in_batches(lambda frames: rearrange(clip(2 * frames - 1), "n 1 d -> n d"))
+
+
+def open_clip_features(name: str, pretrained: str | None = None) -> Features:
+    """CLIP image features, not normalised: any model that open_clip has, behind its own preprocessing.
+
+    `pretrained` is one of the model's tags, downloaded once, or a file of weights; None is the first of the tags.
+    `name` may also be hf-hub:owner/name or local-dir:folder, which hold their weights.
+    ValueError: no such model, tag or file; weights that do not fit or cannot be downloaded.
+    """
+    import open_clip  # slow to import: only who extracts pays
+    from open_clip.pretrained import download_pretrained
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    if not name.startswith(HUBS):
+        _check_known("open_clip", name, open_clip.list_models())
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        pretrained = pretrained or next(iter(tags), "")
+        tag = open_clip.get_pretrained_cfg(name, pretrained)
+        if not tag and not Path(pretrained).is_file():
+            raise ValueError(f"{name} has no weights {pretrained!r}: give {' or '.join([*tags, 'a file of weights'])}")
+        with _one_sentence(name, pretrained):
+            download_pretrained(tag)
+    with _one_sentence(name, pretrained):
+        model: Any = open_clip.create_model(name, pretrained=pretrained).eval()
+    transform: Any = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    return _in_batches(lambda frames: model.encode_image(transform(frames)))
+
+
+def timm_features(name: str, weights: str | Path | None = None) -> Features:
+    """Pooled features of any model that timm has, such as the DINO vit_base_patch16_224.dino, behind its preprocessing.
+
+    `weights` is a file with timm's names, None downloads timm's own, once. A classifier in it is left out.
+    ValueError: no such model or file; weights that do not fit or cannot be downloaded.
+    """
+    import timm  # slow to import: only who extracts pays
+    from timm.data import create_transform, resolve_model_data_config
+    from timm.models import load_state_dict
+
+    if not name.startswith(HUBS):
+        _check_known("timm", name, [*timm.list_models(), *timm.list_pretrained()])
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"{name} has no weights {str(weights)!r}: give a file of weights")
+    with _one_sentence(name, weights):
+        model: Any = timm.create_model(name, pretrained=weights is None, num_classes=0).eval()
+        if weights is not None:
+            classifier = model.pretrained_cfg["classifier"]
+            heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+            state = load_state_dict(str(weights))
+            model.load_state_dict({key: value for key, value in state.items() if not key.startswith(heads)})
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    return _in_batches(lambda frames: model(transform(frames)))
+
+
+def _in_batches(extract: Features) -> Features:
+    """`extract` on BATCH frames at a time, without gradients."""
+
+    @torch.inference_mode()
+    def features(frames: Tensor) -> Tensor:
+        return torch.cat([extract(batch).float() for batch in frames.float().split(BATCH)])
+
+    return features
+
+
+def _check_known(library: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        close = get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"see {library}.list_models() for its names"
+        raise ValueError(f"{library} has no model {name!r}: {hint}")
+
+
+@contextmanager
+def _one_sentence(name: str, weights: object) -> Iterator[None]:
+    """Whatever a library says of weights that it cannot get or load, as the beginning of a ValueError's one line."""
+    try:
+        yield
+    except Exception as error:  # of no connection, of a wrong or broken file: each in its own class and many lines
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"cannot load {weights or 'the weights'} of {name}, give a file that fits: {reason}"
+        ) from error
+
+
+# --- dynamics -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """How much a video moves: pixels per frame, the same over the shorter side, and whether that is called moving."""
+
+    pixels: float
+    relative: float
+    moving: bool
+
+
+def dynamics(frames: Tensor, flow: Flow | None = None) -> Dynamics:
+    """How much frames [t,3,h,w] move: per pair of frames, the mean length of the largest 5 % of its flow vectors.
+
+    `pixels` is the mean of that over the pairs. `moving`: at least a quarter of t pairs have more than 6 pixels for
+    each 256 of the shorter side. Both rules are those of VBench's dynamic degree (vbench/dynamic_degree.py).
+    `flow` maps frames to flow [t-1,2,h,w], in pixels. By default it is `lucas_kanade`: that is not RAFT, which VBench
+    takes, and VBench first thins its frames to about 8 a second. So the number is not VBench's.
+    """
+    if len(frames) < 2:
+        raise ValueError(f"frames are {list(frames.shape)}: need at least two")
+    lengths = (flow or lucas_kanade)(frames).norm(dim=1).flatten(1)
+    largest = lengths.topk(max(1, int(0.05 * lengths.shape[1]))).values.mean(dim=1)
+    side = min(frames.shape[-2:])
+    pairs = (largest > 6 * side / 256).sum().item()
+    mean = largest.mean().item()
+    return Dynamics(pixels=mean, relative=mean / side, moving=pairs >= max(1, round(len(frames) / 4)))
+
+
+@torch.no_grad()
+def lucas_kanade(frames: Tensor) -> Tensor:
+    """Optical flow [t-1,2,h,w] of frames [t,3,h,w] as (x, y) in pixels: what is at p in a frame is at p + flow(p) next.
+
+    Coarse to fine, halving until the shorter side is under 32. At each level, from the flow of the coarser one, STEPS
+    times: warp the next frame back, r = frame - warped, and add the d that minimises, over a Gaussian window and the
+    three colours, sum (r - g . d)^2 + RIDGE |d|^2 with g the frame's gradient; d is at most a pixel. What the warp
+    fetches from outside the frame has no weight, and where nothing has texture the coarser flow stands.
+    Source: Lucas and Kanade, 1981; Baker and Matthews, 2004, section 3.2 (the gradient of the frame that stays).
+    """
+    levels = [frames.float()]
+    while min(levels[-1].shape[-2:]) >= 32:
+        half = [math.ceil(side / 2) for side in levels[-1].shape[-2:]]
+        levels.append(F.interpolate(levels[-1], half, mode="bilinear", antialias=True))
+    flow = torch.zeros(len(frames) - 1, 2, *levels[-1].shape[-2:])
+    for level in reversed(levels):
+        (h, w), (old_h, old_w) = level.shape[-2:], flow.shape[-2:]
+        flow = F.interpolate(flow, (h, w), mode="bilinear") * torch.tensor([w / old_w, h / old_h])[:, None, None]
+        flow = _refined(level[:-1], level[1:], flow)
+    return flow
+
+
+STEPS, RIDGE = 10, 1e-3  # of `lucas_kanade`: steps a level; the square of a gradient that counts as none, per pixel
+
+
+def _refined(now: Tensor, after: Tensor, flow: Tensor) -> Tensor:
+    """One level of `lucas_kanade`: frames [p,3,h,w] and next frames, flow [p,2,h,w] -> better flow."""
+    h, w = now.shape[-2:]
+    size = torch.tensor([w, h])
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    padded = F.pad(now, (1, 1, 1, 1), mode="replicate")
+    gx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    gy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    for _ in range(STEPS):
+        place = 2 * rearrange(torch.stack([x, y]) + flow, "p xy h w -> p h w xy") / size - 1
+        inside = (place.abs() <= 1).all(dim=-1)[:, None]
+        r = (now - F.grid_sample(after, place, "bicubic", "border", align_corners=False)) * inside
+        products = [gx * gx * inside, gx * gy * inside, gy * gy * inside, gx * r, gy * r]
+        sums = torch.stack([product.sum(dim=1) for product in products], dim=1)
+        xx, xy, yy, xr, yr = windowed(sums, gaussian(13, 2.0), padding=6).unbind(dim=1)
+        xx, yy = xx + RIDGE, yy + RIDGE
+        step = torch.stack([yy * xr - xy * yr, xx * yr - xy * xr], dim=1) / (xx * yy - xy * xy)[:, None]
+        flow = flow + step / step.norm(dim=1, keepdim=True).clamp(min=1)
+    return flow
+
+
+def gaussian(length: int, sigma: float) -> Tensor:
+    """A window [length] that sums to 1."""
+    x = torch.arange(length) - (length - 1) / 2
+    return torch.softmax(-(x**2) / (2 * sigma**2), dim=0)
+
+
+def windowed(images: Tensor, window: Tensor, padding: int = 0) -> Tensor:
+    """Each place's mean of images [n,c,h,w] under a window along both sides; outside is 0, if `padding` lets it in."""
+    rows = rearrange(images, "n c h w -> (n c) 1 h w")
+    window = window.to(images.dtype)
+    rows = F.conv2d(rows, window[None, None, :, None], padding=(padding, 0))
+    rows = F.conv2d(rows, window[None, None, None, :], padding=(0, padding))
+    return rearrange(rows, "(n c) 1 h w -> n c h w", n=len(images))
+
+
+# --- fidelity to a reference ----------------------------------------------------------------------------------------
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """10 log10(1 / mean (a - b)^2), in decibels, over all of two tensors of one shape in [0,1]; inf if equal."""
+    _check_same_shape(a, b)
+    error = (a.double() - b.double()).square().mean().item()
+    return -10 * math.log10(error) if error else math.inf
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity of frames [n,c,h,w] in [0,1]: the mean over frames, channels and places of
+
+    (2 m_a m_b + K1^2) (2 s_ab + K2^2) / ((m_a^2 + m_b^2 + K1^2) (s_a^2 + s_b^2 + K2^2))
+
+    where m and s are means and (co)variances under an 11x11 Gaussian window, sigma 1.5, at every place where it fits
+    in the frame; K1 = 0.01, K2 = 0.03. Source: Wang et al. 2004, eq. 13, without shrinking the frames first.
+    """
+    _check_same_shape(a, b)
+    if a.ndim != 4 or min(a.shape[-2:]) < 11:
+        raise ValueError(f"frames are {list(a.shape)}: need [n,c,h,w], both sides at least 11")
+    a, b, c1, c2 = a.double(), b.double(), 0.01**2, 0.03**2
+    m_a, m_b, aa, bb, ab = (windowed(x, gaussian(11, 1.5)) for x in (a, b, a * a, b * b, a * b))
+    luminance = (2 * m_a * m_b + c1) / (m_a**2 + m_b**2 + c1)
+    structure = (2 * (ab - m_a * m_b) + c2) / (aa - m_a**2 + bb - m_b**2 + c2)
+    return (luminance * structure).mean().item()
+
+
+def _check_same_shape(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or not a.numel():
+        raise ValueError(f"the shapes are {list(a.shape)} and {list(b.shape)}: need one shape, not empty")
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of differences and the interval that holds it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Values,
+    statistic: Callable[[np.ndarray], float],
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of `statistic` over m values: its middle `level` over samples of them.
+
+    Each sample draws m of the values, or rows of an array [m,...], with replacement.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    """
+    values = _finite(values)
+    samples = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    found = [statistic(values[rows]) for rows in samples]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(a: Values, b: Values) -> Difference:
+    """The mean of a_i - b_i over scenes i, and its 95 % bootstrap interval: the scenes are drawn, as pairs."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} values and {len(b)}: need a pair for each scene")
+    difference = _finite(a) - _finite(b)
+    return Difference(float(difference.mean()), *bootstrap_interval(difference, lambda sample: float(sample.mean())))
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The chances p that s successes of n trials leave open: all with |s/n - p| <= z sqrt(p (1 - p) / n).
+
+    z is the normal quantile of (1 + level) / 2. Source: Wilson, 1927.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes of {n}: need at least one trial, and no more successes than trials")
+    z, p = NormalDist().inv_cdf((1 + level) / 2), successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def spearman(a: Values, b: Values) -> float:
+    """Pearson's correlation of the ranks of m pairs, equal values sharing their mean rank; nan if all are equal."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} values and {len(b)}: need pairs")
+    x, y = (ranks - ranks.mean() for ranks in (_ranks(_finite(a)), _ranks(_finite(b))))
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / scale if scale else math.nan
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """1 for the smallest; equal values share the mean of their places."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def _finite(values: Values) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if not array.size or not np.isfinite(array).all():
+        raise ValueError(
+            f"of {array.size} values {np.isfinite(array).sum()} are finite: leave the others out, keep one"
+        )
+    return array
+
+
+# --- distance from a known right answer -----------------------------------------------------------------------------
+
+TRAVEL = 4.0  # pixels; of a shape that moves less, heading and relative speed are not measured
+RIGHT_HEADING, RIGHT_COLOUR = 30.0, 0.1  # degrees; RGB distance
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a clip of a scene is from the one right answer. Lengths are pixels of the 64x64 frame.
+
+    heading_error        degrees in [0,180]; nan where the true path is under TRAVEL pixels
+    asked_speed, speed   pixels per frame: what bucket and fps ask for, and of the line through the found positions
+    speed_error          |speed - asked_speed| / asked_speed; nan as for the heading
+    last_position_error  distance of the shape from its true place in the last frame
+    colour_error         distance of the body's median colour from the true one, RGB in [0,1]
+    shape_kept           its outline is nearest to that of the right class
+    found                fraction of the frames in which there is a shape
+    first_frame_psnr     decibels, of the first frame against the true first frame; inf if equal
+    psnr                 decibels, of all frames against the true clip; inf if equal
+    right                found in every frame, heading within 30 degrees if measured, colour within 0.1, shape kept
+
+    What needs a shape that was not found is nan.
+    """
+
+    heading_error: float
+    asked_speed: float
+    speed: float
+    speed_error: float
+    last_position_error: float
+    colour_error: float
+    shape_kept: bool
+    found: float
+    first_frame_psnr: float
+    psnr: float
+    right: bool
+
+
+def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps: float) -> Measured:
+    """Frames [t,3,64,64] in [0,1], t > 1, against the clip of t frames that scene, bucket and fps fix."""
+    if len(frames) < 2 or frames.shape[1:] != (3, scenes.SIZE, scenes.SIZE):
+        raise ValueError(f"frames are {list(frames.shape)}: need [t,3,{scenes.SIZE},{scenes.SIZE}] with t > 1")
+    places = scenes.path(scene, motion_bucket, fps, len(frames))
+    truth = torch.from_numpy(scenes.render(scene, places)).float() / 255
+    track = scenes.track(frames.float().numpy(), scene)
+
+    asked = scenes.speed(motion_bucket) / fps
+    moves = asked * (len(frames) - 1) >= TRAVEL
+    heading_error = math.degrees(scenes.angle_between(track.heading, scene.heading)) if moves else math.nan
+    found = float(np.isfinite(track.positions).all(axis=1).mean())
+    colour_error = float(np.linalg.norm(track.rgb - np.array(scene.rgb)))
+    kept = track.shape == scene.shape
+    return Measured(
+        heading_error=heading_error,
+        asked_speed=asked,
+        speed=track.speed,
+        speed_error=abs(track.speed - asked) / asked if moves else math.nan,
+        last_position_error=float(np.linalg.norm(track.positions[-1] - places[-1])),
+        colour_error=colour_error,
+        shape_kept=kept,
+        found=found,
+        first_frame_psnr=psnr(frames[0], truth[0]),
+        psnr=psnr(frames, truth),
+        right=found == 1 and not heading_error > RIGHT_HEADING and colour_error <= RIGHT_COLOUR and kept,
+    )
