@@ -101,7 +101,7 @@ class Stage:
 VAE_FRAMES = Stage("vae-frames", steps=2800, batch=8, lr=1.5e-3, report=400)
 VAE_VIDEO = Stage("vae-video", steps=250, batch=2, lr=5e-4, report=50)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
-UNET_VIDEO = Stage("unet", steps=4800, batch=16, lr=1e-3, report=600)
+UNET_VIDEO = Stage("unet", steps=4000, batch=16, lr=1e-3, report=1000)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
 
 
