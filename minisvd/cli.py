@@ -10,22 +10,29 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from minisvd import __version__
-from minisvd.video import check_output
+from minisvd.video import check_output, is_written
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from minisvd.config import GenerationConfig, UNetConfig, Vcut
     from minisvd.pipeline import StableVideoDiffusion
     from minisvd.triviality import Site
 
 VCUT = {None: None, "off": False, "on": True, "lossless": "lossless"}  # None: as the source was built
+PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
+LONGEST_RANGE = 10_000  # seeds; more is a typing error, not a wish
 OUT_OF_MEMORY = "out of memory: try --decode-chunk 1, a smaller --size, fewer --frames, or --dtype float16"
 
 
@@ -65,10 +72,21 @@ def complain(sentence: str) -> int:
 # --- generate -----------------------------------------------------------------------------------------------------
 
 
+class Job(NamedTuple):
+    """A video to make, and where it goes."""
+
+    image: Path
+    seed: int
+    path: Path
+
+
 def generate(args: argparse.Namespace) -> None:
-    """One video for each image. Prints their paths, or with --json one object that also says how they were made."""
+    """A video for each image and seed. Prints their paths, or with --json one object that says how they were made."""
     began = time.perf_counter()
-    outputs = output_paths(args.image, args.output)
+    images, seeds = find_images(args.image), args.seeds or [args.seed or 0]
+    default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
+    folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
+    jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
     settings = {
         "num_frames": args.frames,
         "steps": args.steps,
@@ -86,48 +104,119 @@ def generate(args: argparse.Namespace) -> None:
     from minisvd.pipeline import check_settings
 
     check_settings(**settings)
-    for image in args.image:
+    for image in dict.fromkeys(job.image for job in jobs):
         open_image(image)
-    svd = load(args)
-
-    videos = []
-    for image, output in zip(args.image, outputs, strict=True):
-        started = time.perf_counter()
-        video = svd(image, seed=args.seed, **settings)
-        video.save(output)
-        videos.append({"image": str(image), "path": str(output), "seconds": round(time.perf_counter() - started, 3)})
-        if not args.json:
-            print(output, flush=True)
-    if args.json:
+    if skipped:
+        print(f"minisvd: skipped {len(skipped)} of {len(jobs + skipped)} videos, which exist", file=sys.stderr)
+    report: dict[str, Any] = {"videos": [], "skipped": [str(job.path) for job in skipped], "model": args.model}
+    if jobs:
+        svd = load(args)
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
-        report = {"videos": videos, "model": args.model, **placement(svd), "seed": args.seed}
-        report |= {"frames": used.pop("num_frames"), **used}
+        report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
+        report |= {"frames": used.pop("num_frames"), **used, "videos": make(svd, jobs, settings, say=not args.json)}
+    if args.json:
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
 
 
-def output_paths(images: list[Path], output: Path) -> list[Path]:
-    """Where each image's video goes: `output` with {stem} filled in, STEM.mp4 in it if it is a folder, or itself.
+def make(svd: StableVideoDiffusion, jobs: list[Job], settings: dict[str, Any], say: bool) -> list[dict[str, Any]]:
+    """Make and write the videos, and `say` the path of each on stdout. Returns what the JSON has of them.
+
+    One bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding.
+    """
+    from tqdm import tqdm
+
+    made, single, steps = [], len(jobs) == 1, settings["steps"] or svd.generation.steps
+    with tqdm(total=len(jobs), desc="videos", unit="video", disable=single) as bar:
+        for job in jobs:
+            started = time.perf_counter()
+            show = partial(show_step, bar, f"{steps}, seed {job.seed}, {job.image.name}")
+            svd(job.image, seed=job.seed, callback=show, progress=single, **settings).save(job.path)
+            seconds = round(time.perf_counter() - started, 3)
+            made.append({"image": str(job.image), "seed": job.seed, "path": str(job.path), "seconds": seconds})
+            bar.update()
+            if say:
+                with bar.external_write_mode():
+                    print(job.path, flush=True)
+    return made
+
+
+def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
+    """Write beside the bar over the videos which step the present one has taken."""
+    bar.set_postfix_str(f"step {step} of {rest}")
+
+
+def find_images(given: list[Path]) -> list[Path]:
+    """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens.
+
+    Hidden files are left out, folders inside are not searched. Raises FileNotFoundError for a folder without images.
+    """
+    from PIL import Image
+
+    extensions = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = []
+    for path in given:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        found = [p for p in inside if p.suffix.lower() in extensions and p.is_file() and not p.name.startswith(".")]
+        if path.is_dir() and not found:
+            raise FileNotFoundError(f"there are no images in {path} itself: give another folder, or name the files")
+        images += found or [path]
+    return images
+
+
+def naming(output: Path, template: str | None, default: str, images: int, seeds: int) -> tuple[Path, str]:
+    """The folder that the videos go to, and the template of their names in it.
+
+    `template` itself, in the folder `output`; or if it is None, `default` in that folder; or `output` if it is none.
+    Raises ValueError for a template that no video, or only one of several, could be named by, and FileNotFoundError for
+    one without its folder.
+    """
+    folder, remedy = output, ""
+    if template is not None:
+        if not template or Path(template).name != template:
+            raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
+        if not output.is_dir():
+            raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
+    elif output.is_dir():
+        template = default
+    else:
+        folder, template, remedy = Path(), str(output), "give an existing folder, or "
+    for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
+        if placeholder not in PLACEHOLDERS:
+            raise ValueError(f"{placeholder} in {template} means nothing: use {', '.join(PLACEHOLDERS)}")
+    if images > 1 and "{stem}" not in template:
+        raise ValueError(f"{template} is one name for {images} images: {remedy}put {{stem}} in it")
+    if seeds > 1 and "{seed}" not in template and "{index}" not in template:
+        raise ValueError(f"{template} is one name for {seeds} seeds: {remedy}put {{seed}} in it")
+    return folder, template
+
+
+def plan(
+    images: list[Path], seeds: list[int], folder: Path, template: str, skip_existing: bool
+) -> tuple[list[Job], list[Job]]:
+    """What is to be made, image by image and seed by seed, and what is there already, if that is to be skipped.
 
     Raises what `check_output` raises, and ValueError where a video would replace another or one of the images.
     """
-    if "{stem}" in str(output):
-        paths = [Path(str(output).replace("{stem}", image.stem)) for image in images]
-    elif output.is_dir():
-        paths = [output / f"{image.stem}.mp4" for image in images]
-    elif len(images) == 1:
-        paths = [output]
-    else:
-        raise ValueError(
-            f"-o {output} is one name for {len(images)} images: give an existing folder, or put {{stem}} in it"
-        )
-    for i, path in enumerate(paths):
-        check_output(path)
-        if path in paths[:i]:
-            raise ValueError(f"two images would be written to {path}: rename one, or run them one by one")
-        if path.resolve() in (image.resolve() for image in images):
-            raise ValueError(f"{path} is one of the images: choose another output")
-    return paths
+    jobs, skipped, taken, sources = [], [], set(), {image.resolve() for image in images}
+    for image in images:
+        for index, seed in enumerate(seeds):
+            path = folder / fill(template, stem=image.stem, seed=seed, index=index)
+            there = skip_existing and is_written(path)
+            if not there:
+                check_output(path)
+            if path in taken:
+                raise ValueError(f"two images would be written to {path}: rename one, or run them one by one")
+            if path.resolve() in sources:
+                raise ValueError(f"{path} is one of the images: choose another output")
+            taken.add(path)
+            (skipped if there else jobs).append(Job(image, seed, path))
+    return jobs, skipped
+
+
+def fill(template: str, **values: object) -> str:
+    """`template` with each {name} replaced by its value, at once, so that a value with braces stays as it is."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
@@ -175,7 +264,8 @@ def verify(args: argparse.Namespace) -> int:
         print(json.dumps(report))
     elif not sites:
         linear = sum(isinstance(module, CachedCondLinear) for module in unet.modules())
-        print(f"nothing to check: the UNet is built with vcut={unet.vcut!r}, {linear} sites are linear maps already")
+        built = f"the UNet is built with vcut={unet.vcut!r}, {linear} sites are linear maps already"
+        print(f"nothing to check: {built}; give the model that it was converted from")
     else:
         print_sites(sites, holding, parameters)
     return int(holding < len(sites))
@@ -206,7 +296,7 @@ def account(args: argparse.Namespace) -> None:
     """Parameters and MACs of a model's UNet, from its configuration alone: no weights, no network, no compute."""
     from minisvd.accounting import BUILDS, by_kind, opened, run_cost, total, tree, unet_blocks
 
-    config, factor, generation, own_vcut = configuration(args.model)
+    config, factor, generation, own_vcut = configuration(args.model, args.offline)
     vcut = own_vcut if args.vcut is None else VCUT[args.vcut]
     frames = generation.num_frames if args.frames is None else args.frames
     steps = generation.steps if args.steps is None else args.steps
@@ -251,23 +341,30 @@ def account(args: argparse.Namespace) -> None:
         print(f"{name:<44}{macs / 1e12:>10,.2f} T{macs / run.full:>9.2%}")
 
 
-def configuration(source: str) -> tuple[UNetConfig, int, GenerationConfig, Vcut]:
-    """A model's UNet, pixels per latent cell, settings and build, from its name or a folder's config.json files.
+def configuration(source: str, offline: bool) -> tuple[UNetConfig, int, GenerationConfig, Vcut]:
+    """A model's UNet, pixels per latent cell, settings and build: its name's, its config.json files', or the release's.
 
-    Raises FileNotFoundError for a folder without them and ValueError for a source that would need weights to be read.
+    Of a hub id, only the config.json files are downloaded. Of a single file, only the header is read, which has to be
+    that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
     """
     from minisvd.config import PRESETS, UNetConfig, VAEConfig
 
     if source in PRESETS and not Path(source).exists():
         return UNetConfig(), VAEConfig().factor, PRESETS[source].generation, False
-    from minisvd.checkpoint import locate
-    from minisvd.folder import read_config, read_generation, read_vcut
+    from minisvd.checkpoint import download, locate, resolve
+    from minisvd.folder import CONFIG_FILES, read_config, read_generation, read_vcut
 
-    path = locate(source)
-    if path is None or not path.is_dir():
-        names = ", ".join(["tiny", *PRESETS])
-        raise ValueError(f"account reads no weights and no hub, so not {source}: give one of {names}, or a folder")
-    return read_config("unet", path), read_config("vae", path).factor, read_generation(path, None), read_vcut(path)
+    path, released = locate(source), None
+    if path is None:
+        path = download(source, [], None, None, offline)
+        released = next((preset.generation for preset in PRESETS.values() if preset.source == source), None)
+    if path.is_file():
+        found = resolve(path, parts=["unet", "vae"])
+        found.plan("unet", found.build("unet", found.vcut))
+        return found.configs["unet"], found.configs["vae"].factor, found.generation, found.vcut
+    if missing := [file for file in (CONFIG_FILES["unet"], CONFIG_FILES["vae"]) if not (path / file).is_file()]:
+        raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
+    return read_config("unet", path), read_config("vae", path).factor, read_generation(path, released), read_vcut(path)
 
 
 # --- what all need -----------------------------------------------------------------------------------------------
@@ -333,6 +430,21 @@ def parse_seed(text: str) -> int:
     return int(text)
 
 
+def parse_seeds(text: str) -> list[int]:
+    """0,2,5-7 -> [0, 2, 5, 6, 7]."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\d+(-\d+)?", part):
+            raise argparse.ArgumentTypeError(f"{text!r} is not seeds such as 3, 0-4 or 0,2,5-7")
+        ends = [parse_seed(end) for end in part.split("-")]
+        if not ends[0] <= ends[-1] < ends[0] + LONGEST_RANGE:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a range that rises, of at most {LONGEST_RANGE:,} seeds")
+        seeds += range(ends[0], ends[-1] + 1)
+    if twice := [seed for seed, times in Counter(seeds).items() if times > 1]:
+        raise argparse.ArgumentTypeError(f"{text!r} has seed {twice[0]} twice: leave one out")
+    return seeds
+
+
 def parser() -> Parser:
     """Every command and option; None means that the model's own setting is used."""
     model = Parser(add_help=False)
@@ -361,10 +473,14 @@ def parser() -> Parser:
     command = commands.add_parser("generate", parents=both, help=about, description=about, allow_abbrev=False)
     command.set_defaults(run=generate)
     add = command.add_argument
-    add("image", nargs="+", type=Path, metavar="IMAGE", help="what Pillow can open: PNG, JPEG, WebP, ...")
-    out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several images an existing folder, \
-or a name with {stem} in it"
+    images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
+    add("image", nargs="+", type=Path, metavar="IMAGE", help=images)
+    out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
+or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
     add("-o", "--output", required=True, type=Path, metavar="OUT", help=out)
+    name = "names in the folder OUT, with the same placeholders (default: {stem}.mp4, with --seeds {stem}-{seed}.mp4)"
+    add("--name-template", metavar="T", help=name)
+    add("--skip-existing", action="store_true", help="make only what is not there yet, to go on after an interruption")
     add("--frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--fit", choices=("crop", "pad", "stretch"), default="crop", help="how an image of another shape gets there")
@@ -380,7 +496,9 @@ or a name with {stem} in it"
     add("--cut-step", type=int, metavar="C", help=cut_step)
     stages = ("mean", "cond", "uncond")
     add("--stage2", choices=stages, default="mean", help="what the image says in the branch from C on (default: mean)")
-    add("--seed", type=parse_seed, default=0, metavar="N", help="the same seed gives the same video (default: 0)")
+    add_seed = command.add_mutually_exclusive_group().add_argument  # None, as a default that is given is not noticed
+    add_seed("--seed", type=parse_seed, metavar="N", help="the same seed gives the same video (default: 0)")
+    add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
 
     about = "load a model and say what it is made of"
@@ -395,7 +513,9 @@ or a name with {stem} in it"
     command = commands.add_parser("account", help=about, description=about, allow_abbrev=False)
     command.set_defaults(run=account)
     add = command.add_argument
-    add("--model", default="svd", metavar="M", help="svd (default), svd-xt, svd-xt-1-1, tiny, or a folder")
+    names = "svd (default), svd-xt, svd-xt-1-1, tiny, a folder, a .safetensors file, or a hub id"
+    add("--model", default="svd", metavar="M", help=names)
+    add("--offline", action="store_true", help="use only what was downloaded before")
     add("--vcut", choices=("off", "on", "lossless"), help="the UNet's build (default: the folder's, else off)")
     add("--frames", type=int, metavar="N", help="frames (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")

@@ -113,6 +113,11 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
+def is_written(path: Path) -> bool:
+    """Whether a video is at `path`. If so it is whole, because `Video.save` moves it there at the end."""
+    return path.suffix.lower() in WRITERS and (path.is_file() if path.suffix else path.is_dir() and any(path.iterdir()))
+
+
 def _write_mp4(video: Video, path: Path) -> None:
     frames = video.numpy()
     h, w = frames.shape[1:3]

@@ -4,12 +4,14 @@ What they are compared with is torch's FlopCounterMode on tensors that have a sh
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tables
+from checkpoint_files import published
 from conftest import UNET
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
 from minisvd.accounting import BUILDS, KINDS, PUBLISHED, Block, Build, by_kind, run_cost, total, tree, unet_blocks
 from minisvd.accounting import unet_cost as cost
 from minisvd.cli import main
 from minisvd.config import Vcut
+from minisvd.layouts import SINGLE_FILE
 
 RELEASED, NATIVE = UNetConfig(), (128, 72)
 SMALL = UNetConfig(8, 4, (32, 64, 64), (True, True, False), (2, 4, 4), 2, 48, 16)
@@ -322,6 +326,33 @@ def test_account_of_a_folder_reads_its_configs_alone(capsys, tiny_folder, tmp_pa
     assert json.loads(account(capsys, *settings, "--vcut", "on"))["vcut"] is True
 
 
+def header_of_a_release(path: Path, lacks: str = "") -> Path:
+    """A .safetensors file with the names and shapes of the released single file, whose bytes are a hole in the disk."""
+    header, end = {}, 0
+    for name, shape in published(SINGLE_FILE)["unet"].items():
+        if name != lacks:
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_account_of_a_single_file_reads_its_header_alone(capsys, tmp_path):
+    """It is the release, with svd-xt's frames if its name says so; one tensor less, and it is not."""
+    file = header_of_a_release(tmp_path / "my_xt.safetensors")
+    assert file.stat().st_size > 4e9 > 1e9 > 512 * file.stat().st_blocks, "there is nothing to be read"
+    report = json.loads(account(capsys, "--model", str(file), "--json"))
+    expected = json.loads(account(capsys, "--model", "svd-xt", "--json"))
+    assert report.pop("model") != expected.pop("model")
+    assert report == expected
+    name = "model.diffusion_model.out.2.weight"
+    assert main(["account", "--model", str(header_of_a_release(tmp_path / "less.safetensors", name))]) == 2
+    assert f"less.safetensors lacks {name}" in capsys.readouterr().err
+
+
 def test_account_imports_no_torch():
     code = "import sys\nfrom minisvd.cli import main\nmain(['account', '--tree'])\nprint('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -336,7 +367,10 @@ def test_account_imports_no_torch():
         (["--frames", "0"], "frames is 0; need at least 1"),
         (["--steps", "0"], "steps is 0; need at least 1"),
         (["--cut-step", "0"], "cut_step is 0; steps count from 1, so need at least 1"),
-        (["--model", "someone/model"], "account reads no weights and no hub, so not someone/model"),
+        (["--model", "someone/model"], "someone/model is not in the local cache: run once with"),
+        (["--model", "someone/model", "--offline"], "someone/model is not in the local cache: run once with"),
+        (["--model", "tests/layouts"], "tests/layouts has no unet/config.json: give a folder that has, or a .safe"),
+        (["--model", "README.md"], "README.md is not a .safetensors file"),
         (["--model", "svdd"], "unknown model 'svdd'"),
     ],
 )

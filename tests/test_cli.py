@@ -151,7 +151,7 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate none.png -o clip.mp4", "no image at none.png"),
         ("generate text.png -o clip.mp4", "text.png is not an image"),
         ("generate photo.png text.png -o .", "text.png is not an image"),
-        ("generate . -o clip.mp4", "is a folder"),
+        ("generate . -o clip.mp4", "clip.mp4 is one name for 3 images"),
         ("generate photo.png", "the following arguments are required: -o/--output"),
         ("generate photo.png -o clip.mp4 --size 64", "'64' is not WIDTHxHEIGHT in pixels, such as 1024x576"),
         ("generate photo.png -o clip.mp4 --size -64x64", "--size: expected one argument"),

@@ -86,14 +86,20 @@ class Hub(BaseHTTPRequestHandler):
 
 
 CLIENT = """
-import json, sys
+import io, json, sys
+from contextlib import redirect_stdout
 from minisvd.checkpoint import load_unet, resolve
+from minisvd.cli import main
 
 for line in sys.stdin:
     name, source, options = json.loads(line)
     try:
         if name == "load_unet":
             answer = sum(p.double().sum().item() for p in load_unet(source, **options).parameters())
+        elif name == "account":
+            with redirect_stdout(io.StringIO()) as out:
+                status = main(["account", "--model", source, "--json"])
+            answer = json.loads(out.getvalue()) if status == 0 else status
         else:
             found = resolve(source, **options)
             files = [file.relative_to(found.path).as_posix() for file in found.files.values()]
@@ -217,6 +223,17 @@ def test_one_variant_is_downloaded_once_and_found_without_a_connection(
         assert "lacks unet/diffusion_pytorch_model.fp16.safetensors" in fp16
         other = client("resolve", "someone/else")
         assert other.startswith("FileNotFoundError: someone/else is not in the local cache: run once with http")
+
+
+def test_account_downloads_the_configs_alone(repositories: Path, port: int, online: Client, offline: Client) -> None:
+    """And counts the same with the hub gone; a repository that is not there is refused. Control: the load above."""
+    with serving(repositories, port) as hub:
+        report = online("account", "someone/svd")
+        assert set(hub.sent) == online.cached() == CONFIGS
+        assert online("account", "someone/else") == 2
+    assert report["total"]["parameters"] == sum(p.numel() for p in small_modules()["unet"].parameters())
+    assert report["steps"] == 3, "its own generation_config.json's"
+    assert offline("account", "someone/svd") == report
 
 
 def test_the_named_variant_and_no_other_is_downloaded(

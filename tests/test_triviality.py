@@ -321,5 +321,6 @@ def test_verify_says_that_a_cut_model_is_linear_already(vcut, linear, capsys, mo
     unet = SpatioTemporalUNet(UNetConfig(8, 4, (32, 64, 64), (True, True, False), (2, 4, 4), 2, C_CONTEXT, 16), vcut)
     monkeypatch.setattr(checkpoint, "load_unet", lambda *_args, **_kwargs: unet)
     assert main(["verify"]) == 0
-    said = f"nothing to check: the UNet is built with vcut={vcut!r}, {linear} sites are linear maps already\n"
+    built = f"the UNet is built with vcut={vcut!r}, {linear} sites are linear maps already"
+    said = f"nothing to check: {built}; give the model that it was converted from\n"
     assert capsys.readouterr().out == said
