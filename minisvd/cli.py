@@ -293,7 +293,7 @@ def print_sites(sites: list[Site], holding: int, parameters: int) -> None:
 
 
 def account(args: argparse.Namespace) -> None:
-    """Parameters and MACs of a model's UNet, from its configuration alone: no weights, no network, no compute."""
+    """Parameters and MACs of a model's UNet, from its configuration alone: nothing is computed, no weights are read."""
     from minisvd.accounting import BUILDS, by_kind, opened, run_cost, total, tree, unet_blocks
 
     config, factor, generation, own_vcut = configuration(args.model, args.offline)
