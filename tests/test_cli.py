@@ -253,6 +253,7 @@ def test_a_real_ctrl_c_while_sampling_ends_with_130(tiny_folder: Path, photo: Pa
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
     )
     assert process.stderr is not None
     seen = ""
