@@ -51,7 +51,7 @@ FOUND, SHAPE = "frames in which the shape is found", "shape class kept"
     [
         (lambda frames: frames[::-1], {HEADING}),
         (lambda frames: np.repeat(frames[:1], 8, axis=0), {SPEED, SPEARMAN}),
-        (lambda frames: frames // 2, {FOUND, COLOUR, FIRST}),
+        (lambda frames: frames // 2, {FOUND, COLOUR, FIRST, HEADING, SPEED}),
     ],
     ids=["backwards", "still", "dark"],
 )
