@@ -107,8 +107,8 @@ def norm_over_frames(norm: nn.GroupNorm, x: Tensor, chunk: int) -> tuple[Tensor,
 
     By the law of total variance: var(x) = E_t[var(x_t)] + var_t(E[x_t]), from each frame's own mean and variance.
     """
-    groups = [rearrange(part, "b t (g c) h w -> b t g (c h w)", g=NUM_GROUPS) for part in x.split(chunk, dim=1)]
-    moments = [torch.var_mean(part.float(), dim=-1, correction=0) for part in groups]
+    groups = (rearrange(part, "b t (g c) h w -> b t g (c h w)", g=NUM_GROUPS) for part in x.split(chunk, dim=1))
+    moments = [var_mean(part.float()) for part in groups]
     var, mean = (torch.cat(parts, dim=1) for parts in zip(*moments, strict=True))  # [b,t,g] each
     std = (var.mean(1) + mean.var(1, correction=0) + norm.eps).sqrt()
     c = norm.num_channels // NUM_GROUPS
@@ -116,6 +116,12 @@ def norm_over_frames(norm: nn.GroupNorm, x: Tensor, chunk: int) -> tuple[Tensor,
     scale = weight / repeat(std, "b g -> b 1 (g c) 1 1", c=c)
     shift = bias - repeat(mean.mean(1), "b g -> b 1 (g c) 1 1", c=c) * scale
     return scale.to(x.dtype), shift.to(x.dtype)
+
+
+def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over the last axis; several times as fast as torch.var_mean on a CPU."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean).square_().mean(-1), mean.squeeze(-1)
 
 
 class SpatioTemporalResBlock(nn.Module):
