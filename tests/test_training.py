@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import train_tiny
 from minisvd import SpatioTemporalUNet, UNetConfig
-from train_tiny import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised
+from minisvd.config import VAEConfig
+from minisvd.vae import AutoencoderKLTemporalDecoder
+from train_tiny import Muon, Run, Stage, decode_frames, fit, muon_and_adamw, orthogonalised
 
 STAGE = Stage("unet", steps=6, batch=2, lr=1e-3, report=100)
 CONFIG = UNetConfig(
@@ -122,3 +124,18 @@ def test_every_parameter_has_one_optimizer():
     assert len({id(p) for p in [*muon, *adamw]}) == len(muon) + len(adamw) == len(list(unet.parameters()))
     assert all(p.ndim > 1 for p in muon)
     assert any(p is unet.conv_out.weight for p in adamw)
+
+
+def test_what_is_frozen_or_unused_stays_as_it_is():
+    """As the VAE's stages need: at first the temporal layers are unused, later the encoder is frozen."""
+    vae = AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=(32, 32)))
+    vae.encoder.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in vae.named_parameters()}
+    optimizers = muon_and_adamw(vae, 1e-2)
+    decode_frames(vae, torch.randn(1, 4, 8, 8)).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    stay = ("encoder.", "quant_conv.", "temporal", "time_")
+    for name, parameter in vae.named_parameters():
+        spatial = not any(part in name for part in stay)
+        assert torch.equal(parameter, before[name]) != spatial, name  # control: the spatial decoder moves

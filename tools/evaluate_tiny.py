@@ -48,11 +48,17 @@ class Figure:
     def met(self) -> bool:
         return self.value >= self.bar if self.at_least else self.value <= self.bar
 
+    def shown(self, value: float) -> str:
+        """A number of this measure, without its unit."""
+        return f"{100 * value if self.unit == '%' else value:.{1 if self.unit else 3}f}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shown(self.value)} {self.unit}".rstrip()
+
     def row(self) -> str:
         """As a row of a Markdown table."""
-        scale, unit = (100, " %") if self.unit == "%" else (1, f" {self.unit}".rstrip())
-        value, low, high, bar = (f"{scale * x:.{3 if not self.unit else 1}f}" for x in
-                                 (self.value, self.low, self.high, self.bar))  # fmt: skip
+        value, low, high, bar = (self.shown(x) for x in (self.value, self.low, self.high, self.bar))
+        unit = f" {self.unit}".rstrip()
         wanted = f"{'at least' if self.at_least else 'at most'} {bar.removesuffix('.0')}{unit}"
         return f"| {self.name} | {value}{unit} | {low} to {high} | {wanted} | {'yes' if self.met else 'no'} |"
 

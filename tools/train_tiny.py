@@ -81,7 +81,7 @@ SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
 SAVE_EVERY = 60  # seconds
-POOL = 8000  # clips whose latents the UNet learns from
+POOL = 6000  # clips whose latents the UNet learns from
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
 
 M = TypeVar("M", bound=nn.Module)
@@ -98,10 +98,10 @@ class Stage:
     report: int
 
 
-VAE_FRAMES = Stage("vae-frames", steps=2800, batch=8, lr=1.5e-3, report=400)
-VAE_VIDEO = Stage("vae-video", steps=250, batch=2, lr=5e-4, report=50)
+VAE_FRAMES = Stage("vae-frames", steps=1150, batch=8, lr=1.5e-3, report=230)
+VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
-UNET_VIDEO = Stage("unet", steps=4000, batch=16, lr=1e-3, report=1000)
+UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
 
 
@@ -233,7 +233,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
-                shapes.setdefault(p.flatten(1).shape, []).append(p)
+                if p.grad is not None:
+                    shapes.setdefault(p.flatten(1).shape, []).append(p)
             for (m, n), alike in shapes.items():
                 nesterov = []
                 for p in alike:
@@ -259,10 +260,12 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and kernels inside a UNet; AdamW for its ends, embeddings, biases and norms."""
-    ends = ("conv_in", "conv_out", "embedding", "time_pos_embed", "time_emb_proj")
+    """Muon for the matrices and kernels inside a UNet or VAE; AdamW for the ends, embeddings, biases and norms."""
+    ends = ("conv_in", "conv_out", "quant_conv", "embedding", "time_pos_embed", "time_emb_proj")
     inside, rest = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inner = parameter.ndim > 1 and not any(end in name for end in ends)
         (inside if inner else rest).append(parameter)
     return [Muon(inside, lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
@@ -413,7 +416,7 @@ def train_vae_frames(run: Run) -> AutoencoderKLTemporalDecoder:
         noises = ", ".join(f"{x:.3f}" for x in noise.tolist())
         return f"held-out PSNR {psnr(output, held_out):.2f} dB, posterior noise over latent std {noises}"
 
-    vae = fit(run, VAE_FRAMES, new_vae, loss, report)
+    vae = fit(run, VAE_FRAMES, new_vae, loss, report, muon_and_adamw)
     normalise_latents(run, vae)
     return vae
 
@@ -459,7 +462,7 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
         save_sheet(run.work / "vae-video.png", held_out[0], clean[0], held_out[1], clean[1])
         return f"held-out PSNR {psnr(clean, held_out):.2f} dB, from noisy latents {psnr(noisy, held_out):.2f} dB"
 
-    return fit(run, VAE_VIDEO, build, loss, report)
+    return fit(run, VAE_VIDEO, build, loss, report, muon_and_adamw)
 
 
 @torch.no_grad()
@@ -577,7 +580,7 @@ def quick_look(run: Run, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDec
     save_sheet(run.work / "unet.png", *(row for a, b in zip(truth, videos, strict=True) for row in (a, 2 * b - 1)))
     pairs = zip(videos, clips, strict=True)
     measured = [against_truth(video, scene, bucket, fps) for video, (scene, fps, bucket, _) in pairs]
-    return ", ".join(f"{figure.name} {figure.value:.3g} {figure.unit}".strip() for figure in video_figures(measured))
+    return ", ".join(map(str, video_figures(measured)))
 
 
 def export(out: Path, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDecoder, pair: CaptionedImages) -> str:
