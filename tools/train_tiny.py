@@ -212,8 +212,7 @@ def fit(
 
 
 def adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -264,8 +263,6 @@ def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     ends = ("conv_in", "conv_out", "quant_conv", "embedding", "time_pos_embed", "time_emb_proj")
     inside, rest = [], []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         inner = parameter.ndim > 1 and not any(end in name for end in ends)
         (inside if inner else rest).append(parameter)
     return [Muon(inside, lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
