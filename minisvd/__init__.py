@@ -32,23 +32,23 @@ HOME = {  # the module of each public name; torch is imported by the first name 
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors
-    from minisvd.checkpoint import load_unet as load_unet
-    from minisvd.clip import ImageEncoder as ImageEncoder
-    from minisvd.config import PRESETS as PRESETS
-    from minisvd.config import ClipConfig as ClipConfig
-    from minisvd.config import GenerationConfig as GenerationConfig
-    from minisvd.config import UNetConfig as UNetConfig
-    from minisvd.config import VAEConfig as VAEConfig
-    from minisvd.pipeline import StableVideoDiffusion as StableVideoDiffusion
-    from minisvd.pipeline import load as load
-    from minisvd.sampler import GuidanceSchedule as GuidanceSchedule
-    from minisvd.sampler import edm_sigmas as edm_sigmas
-    from minisvd.sampler import guided_denoiser as guided_denoiser
-    from minisvd.sampler import preconditioning as preconditioning
-    from minisvd.sampler import sample_euler as sample_euler
-    from minisvd.unet import SpatioTemporalUNet as SpatioTemporalUNet
-    from minisvd.vae import AutoencoderKLTemporalDecoder as AutoencoderKLTemporalDecoder
-    from minisvd.video import Video as Video
+    from .checkpoint import load_unet as load_unet
+    from .clip import ImageEncoder as ImageEncoder
+    from .config import PRESETS as PRESETS
+    from .config import ClipConfig as ClipConfig
+    from .config import GenerationConfig as GenerationConfig
+    from .config import UNetConfig as UNetConfig
+    from .config import VAEConfig as VAEConfig
+    from .pipeline import StableVideoDiffusion as StableVideoDiffusion
+    from .pipeline import load as load
+    from .sampler import GuidanceSchedule as GuidanceSchedule
+    from .sampler import edm_sigmas as edm_sigmas
+    from .sampler import guided_denoiser as guided_denoiser
+    from .sampler import preconditioning as preconditioning
+    from .sampler import sample_euler as sample_euler
+    from .unet import SpatioTemporalUNet as SpatioTemporalUNet
+    from .vae import AutoencoderKLTemporalDecoder as AutoencoderKLTemporalDecoder
+    from .video import Video as Video
 
 
 def __getattr__(name: str) -> Any:

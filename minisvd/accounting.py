@@ -16,7 +16,7 @@ Source of the figures to compare with: arXiv 2407.19205, Tables II and III; its 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from minisvd.config import UNetConfig, Vcut
+from .config import UNetConfig, Vcut
 
 SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3  # kernels 3x3 and 3x1x1
 KINDS = (
@@ -120,7 +120,7 @@ def by_kind(sites: Iterable[Site]) -> dict[str, Cost]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunCost:
     """MACs of the UNet in one sampling run, and where the rest went: full = by_sharing + by_build + by_guidance + macs.
 
     full            PUBLISHED, every step guided
@@ -146,11 +146,12 @@ def run_cost(
     steps: int,
     cut_step: int | None = None,
     build: Build = BUILDS[False],
-) -> Run:
+) -> RunCost:
     """One video in `steps` steps, those before `cut_step` guided (arXiv 2407.19205, two-stage guidance).
 
-    A guided step is one forward on two branches, a single one on half of that. The linears are computed once, on both
-    branches. Raises ValueError for fewer than one step, a cut_step below 1, and what `unet_blocks` raises.
+    A guided step is one forward on two branches, a single one on half of that. The linears are computed once for the
+    two branches and once for the single one. Raises ValueError for fewer than one step, a cut_step below 1, and what
+    `unet_blocks` raises.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; need at least 1")
@@ -160,8 +161,8 @@ def run_cost(
     full, shared = (steps * unet_cost(config, frames, size, 2, each).macs for each in (PUBLISHED, BUILDS[False]))
     two, one = (unet_cost(config, frames, size, branches, build) for branches in (2, 1))
     built = steps * two.macs + two.once
-    macs = guided * two.macs + (steps - guided) * one.macs + two.once
-    return Run(guided, steps - guided, full, full - shared, shared - built, built - macs, macs)
+    macs = guided * two.macs + (steps - guided) * one.macs + (guided > 0) * two.once + (guided < steps) * one.once
+    return RunCost(guided, steps - guided, full, full - shared, shared - built, built - macs, macs)
 
 
 def tree(blocks: Iterable[Block]) -> str:
@@ -287,7 +288,7 @@ def residual_sites(name: str, c_in: int, c: int, c_emb: int, b: int, t: int, s: 
 
 
 def transformer_sites(name: str, c: int, c_context: int, b: int, t: int, s: int, build: Build) -> Iterator[Site]:
-    """SpatialTransformer: within each frame over its s tokens, then along time over the t tokens of each place."""
+    """SpatioTemporalTransformer: within a frame over its s tokens, then along time over the t tokens of a place."""
     space, time, tokens = f"{name}.transformer_blocks.0", f"{name}.temporal_transformer_blocks.0", b * t * s
     yield norm(f"{name}.norm", "projection", c)
     yield linear(f"{name}.proj_in", "projection", tokens, c, c)

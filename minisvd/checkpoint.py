@@ -10,7 +10,7 @@ Everything that can be wrong with a name, a shape or a config is found before th
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minisvd.clip import ImageEncoder
-from minisvd.config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut
-from minisvd.folder import (
+from .clip import ImageEncoder
+from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut
+from .folder import (
     CONFIG_FILES,
     GENERATION_FILE,
     PARTS,
@@ -34,11 +34,10 @@ from minisvd.folder import (
     pickle_refusal,
     read_config,
     read_generation,
-    read_vcut,
 )
-from minisvd.layouts import DROPPED, FOLDER, OWNED, SINGLE_FILE, Join, rules, sources
-from minisvd.unet import SpatioTemporalUNet
-from minisvd.vae import AutoencoderKLTemporalDecoder
+from .layouts import DROPPED, FOLDER, OWNED, SINGLE_FILE, Join, rules, sources
+from .unet import SpatioTemporalUNet
+from .vae import AutoencoderKLTemporalDecoder
 
 MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
 RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
@@ -93,8 +92,7 @@ class Checkpoint:
     """Weights that were found and whose headers are sound; nothing is read yet.
 
     `layout` is "folder" or "single file"; `path` is that folder or file; `files` and `configs` have one entry per
-    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model; `vcut` is the build of
-    the UNet in the file, False unless its config.json says otherwise.
+    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model.
     """
 
     layout: str
@@ -103,7 +101,6 @@ class Checkpoint:
     headers: dict[str, dict[str, Entry]]
     configs: dict[str, Any]
     generation: GenerationConfig
-    vcut: Vcut = False
 
     def load(
         self,
@@ -114,7 +111,7 @@ class Checkpoint:
     ) -> dict[str, Any]:
         """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
 
-        `vcut` is the UNet's build, None that of the file. From attention to `CachedCondLinear` each weight is folded,
+        `vcut` is the UNet's build, None that of its config. From attention to `CachedCondLinear` each weight is folded,
         W = to_out.weight to_v.weight and b = to_out.bias, in float64 and rounded once to `dtype`.
 
         Every name, shape and dtype of every part is settled before the first tensor is read. Peak memory is that
@@ -123,7 +120,6 @@ class Checkpoint:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; need a floating-point one such as torch.float16")
-        vcut = self.vcut if vcut is None else vcut
         modules = {part: self.build(part, vcut) for part in self.configs}
         plans = {part: self.plan(part, module) for part, module in modules.items()}
         for part, module in modules.items():
@@ -136,12 +132,15 @@ class Checkpoint:
             module.eval()
         return modules
 
-    def build(self, part: str, vcut: Vcut) -> nn.Module:
-        """A part without data. Raises ValueError for a `vcut` that the file's own build does not lead to."""
-        if part == "unet" and vcut != self.vcut and (self.vcut, vcut) not in FOLDS:
-            raise ValueError(f"{self.path} holds a UNet built with vcut={self.vcut!r}; it cannot become {vcut!r}")
+    def build(self, part: str, vcut: Vcut | None = None) -> nn.Module:
+        """A part without data, a UNet built with `vcut`. Raises ValueError if the file's build does not lead to it."""
+        config = self.configs[part]
+        if isinstance(config, UNetConfig) and vcut is not None and vcut != config.vcut:
+            built, config = config.vcut, replace(config, vcut=vcut)
+            if (built, vcut) not in FOLDS:
+                raise ValueError(f"{self.path} holds a UNet built with vcut={built!r}; it cannot become {vcut!r}")
         with torch.device("meta"):
-            return MODULES[part](self.configs[part], **({"vcut": vcut} if part == "unet" else {}))
+            return MODULES[part](config)
 
     def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
         """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
@@ -151,9 +150,9 @@ class Checkpoint:
         """
         where, header = self.files[part], self.headers[part]
         layout, config = self.layout, self.configs[part]
-        fold = isinstance(module, SpatioTemporalUNet) and self.vcut is False and module.vcut is not False
+        fold = isinstance(module, SpatioTemporalUNet) and config.vcut is False and module.config.vcut is not False
         plan = {name: sources(name, *rules(part, layout, config, fold)) for name in module.state_dict()}
-        whole = self.build(part, self.vcut)
+        whole = self.build(part)
         used = {source for name in whole.state_dict() for source in sources(name, *rules(part, layout, config))[0]}
 
         known = [DROPPED[self.layout]]
@@ -227,8 +226,7 @@ def resolve(
         generation = XT if "xt" in path.name.lower() else GenerationConfig()
     check_together(configs)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
-    vcut = read_vcut(path) if path.is_dir() and "unet" in parts else False
-    return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation, vcut)
+    return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
 
 
 def locate(source: str | Path) -> Path | None:

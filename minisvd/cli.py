@@ -20,15 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from minisvd import __version__
-from minisvd.video import check_output, is_written
+from . import __version__
+from .video import check_output, is_written
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from minisvd.config import GenerationConfig, UNetConfig, Vcut
-    from minisvd.pipeline import StableVideoDiffusion
-    from minisvd.triviality import Site
+    from .config import GenerationConfig, UNetConfig
+    from .pipeline import StableVideoDiffusion
+    from .triviality import SiteCheck
 
 VCUT = {None: None, "off": False, "on": True, "lossless": "lossless"}  # None: as the source was built
 PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
@@ -100,8 +100,8 @@ def generate(args: argparse.Namespace) -> None:
         "fit": args.fit,
         "decode_chunk": args.decode_chunk,
     }
-    from minisvd.images import open_image
-    from minisvd.pipeline import check_settings
+    from .images import open_image
+    from .pipeline import check_settings
 
     check_settings(**settings)
     for image in dict.fromkeys(job.image for job in jobs):
@@ -247,9 +247,9 @@ def verify(args: argparse.Namespace) -> int:
     """Check every cross-attention of a UNet, in float64 on the CPU. Returns 1 if one is not its linear map, else 0."""
     from tqdm import tqdm
 
-    from minisvd.attention import CachedCondLinear
-    from minisvd.checkpoint import load_unet
-    from minisvd.triviality import check_site, cross_attentions
+    from .attention import CachedCondLinear
+    from .checkpoint import load_unet
+    from .triviality import check_site, cross_attentions
 
     unet = load_unet(args.model, variant=args.variant, revision=args.revision, offline=args.offline)
     attentions = cross_attentions(unet)
@@ -259,19 +259,25 @@ def verify(args: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in unet.parameters())
     if args.json:
         rows = [asdict(site) | {"holds": site.holds} for site in sites]
-        report = {"model": args.model, "vcut": unet.vcut, "sites": rows, "hold": holding, "parameters": parameters}
+        report = {
+            "model": args.model,
+            "vcut": unet.config.vcut,
+            "sites": rows,
+            "hold": holding,
+            "parameters": parameters,
+        }
         report |= {"dead_parameters": sum(site.report.dead.numel for site in sites), "versions": versions()}
         print(json.dumps(report))
     elif not sites:
         linear = sum(isinstance(module, CachedCondLinear) for module in unet.modules())
-        built = f"the UNet is built with vcut={unet.vcut!r}, {linear} sites are linear maps already"
+        built = f"the UNet is built with vcut={unet.config.vcut!r}, {linear} sites are linear maps already"
         print(f"nothing to check: {built}; give the model that it was converted from")
     else:
         print_sites(sites, holding, parameters)
     return int(holding < len(sites))
 
 
-def print_sites(sites: list[Site], holding: int, parameters: int) -> None:
+def print_sites(sites: list[SiteCheck], holding: int, parameters: int) -> None:
     """The table of `verify`, differences relative to the largest |attention|, and its totals.
 
     SCA and TCA are the spatial and the temporal cross-attention; "two keys" is the control, the query's effect then.
@@ -294,10 +300,10 @@ def print_sites(sites: list[Site], holding: int, parameters: int) -> None:
 
 def account(args: argparse.Namespace) -> None:
     """Parameters and MACs of a model's UNet, from its configuration alone: nothing is computed, no weights are read."""
-    from minisvd.accounting import BUILDS, by_kind, opened, run_cost, total, tree, unet_blocks
+    from .accounting import BUILDS, by_kind, opened, run_cost, total, tree, unet_blocks
 
-    config, factor, generation, own_vcut = configuration(args.model, args.offline)
-    vcut = own_vcut if args.vcut is None else VCUT[args.vcut]
+    config, factor, generation = configuration(args.model, args.offline)
+    vcut = config.vcut if args.vcut is None else VCUT[args.vcut]
     frames = generation.num_frames if args.frames is None else args.frames
     steps = generation.steps if args.steps is None else args.steps
     width, height = args.size or generation.size
@@ -341,18 +347,18 @@ def account(args: argparse.Namespace) -> None:
         print(f"{name:<44}{macs / 1e12:>10,.2f} T{macs / run.full:>9.2%}")
 
 
-def configuration(source: str, offline: bool) -> tuple[UNetConfig, int, GenerationConfig, Vcut]:
-    """A model's UNet, pixels per latent cell, settings and build: its name's, its config.json files', or the release's.
+def configuration(source: str, offline: bool) -> tuple[UNetConfig, int, GenerationConfig]:
+    """A model's UNet, pixels per latent cell and settings: its name's, its config.json files', or the release's.
 
     Of a hub id, only the config.json files are downloaded. Of a single file, only the header is read, which has to be
     that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
     """
-    from minisvd.config import PRESETS, UNetConfig, VAEConfig
+    from .config import PRESETS, UNetConfig, VAEConfig
 
     if source in PRESETS and not Path(source).exists():
-        return UNetConfig(), VAEConfig().factor, PRESETS[source].generation, False
-    from minisvd.checkpoint import download, locate, resolve
-    from minisvd.folder import CONFIG_FILES, read_config, read_generation, read_vcut
+        return UNetConfig(), VAEConfig().factor, PRESETS[source].generation
+    from .checkpoint import download, locate, resolve
+    from .folder import CONFIG_FILES, read_config, read_generation
 
     path, released = locate(source), None
     if path is None:
@@ -360,11 +366,11 @@ def configuration(source: str, offline: bool) -> tuple[UNetConfig, int, Generati
         released = next((preset.generation for preset in PRESETS.values() if preset.source == source), None)
     if path.is_file():
         found = resolve(path, parts=["unet", "vae"])
-        found.plan("unet", found.build("unet", found.vcut))
-        return found.configs["unet"], found.configs["vae"].factor, found.generation, found.vcut
+        found.plan("unet", found.build("unet"))
+        return found.configs["unet"], found.configs["vae"].factor, found.generation
     if missing := [file for file in (CONFIG_FILES["unet"], CONFIG_FILES["vae"]) if not (path / file).is_file()]:
         raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
-    return read_config("unet", path), read_config("vae", path).factor, read_generation(path, released), read_vcut(path)
+    return read_config("unet", path), read_config("vae", path).factor, read_generation(path, released)
 
 
 # --- what all need -----------------------------------------------------------------------------------------------
@@ -374,7 +380,7 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
     import torch
 
-    from minisvd.pipeline import load
+    from .pipeline import load
 
     if args.device is not None:
         device = args.device

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisvd.config import ClipConfig
+from .config import ClipConfig
 
 
 class ImageEncoder(nn.Module):

@@ -21,7 +21,7 @@ def check_widths(widths: tuple[int, ...]) -> None:
 
 
 def check_vcut(vcut: object) -> None:
-    if vcut not in (False, True, "lossless"):
+    if not isinstance(vcut, bool) and vcut != "lossless":
         raise ValueError(f"vcut is {vcut!r}; need False, True or 'lossless'")
 
 
@@ -30,7 +30,8 @@ class UNetConfig:
     """The spatio-temporal UNet. The defaults give the released 1,524,623,082 parameters.
 
     One entry per level of the U, outermost first: `block_out_channels`, `num_attention_heads` and `attention`
-    (does that level have transformers; the released innermost level has none).
+    (does that level have transformers; the released innermost level has none). `vcut` chooses what stands at the
+    cross-attentions (attention.CROSS); the published files do not have the field, ours do unless it is False.
     Raises ValueError for a field that no such UNet can have.
     Source: arXiv 2311.15127, appendix D; names as in the `unet/config.json` of the published folders.
     """
@@ -43,9 +44,11 @@ class UNetConfig:
     layers_per_block: int = 2
     cross_attention_dim: int = 1024
     addition_time_embed_dim: int = 256
+    vcut: Vcut = False
 
     def __post_init__(self) -> None:
         check_widths(self.block_out_channels)
+        check_vcut(self.vcut)
         levels = len(self.block_out_channels)
         for name in ("attention", "num_attention_heads"):
             if len(getattr(self, name)) != levels:

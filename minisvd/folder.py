@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from minisvd.config import XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, check_vcut
+from .config import XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 
 PARTS = ("unet", "vae", "clip")
 STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
@@ -23,8 +23,8 @@ FIXED = {  # fields that may be stated, with the one value that these modules ha
     "vae": {"_class_name": "AutoencoderKLTemporalDecoder", "in_channels": 3, "out_channels": 3, "layers_per_block": 2},
     "clip": {"model_type": "clip_vision_model", "num_channels": 3, "layer_norm_eps": 1e-5},
 }
-IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size; or are read apart (unet's)
-    "unet": ("num_frames", "sample_size", "vcut"),
+IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size
+    "unet": ("num_frames", "sample_size"),
     "vae": ("force_upcast", "sample_size"),
     "clip": (
         *("architectures", "attention_dropout", "dropout", "dtype"),
@@ -71,17 +71,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return stated
 
 
-def read_vcut(folder: Path) -> Vcut:
-    """The build of a folder's UNet: released, unless its config.json has a field `vcut`."""
-    path = folder / CONFIG_FILES["unet"]
-    vcut = read_json(path).get("vcut", False) if path.is_file() else False
-    try:
-        check_vcut(vcut)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return vcut
-
-
 def read_config(part: str, folder: Path) -> Any:
     """The config of a part of a folder. Raises ValueError naming the first field that these modules cannot have."""
     path = folder / CONFIG_FILES[part]
@@ -110,8 +99,9 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
             stated[name] = value[0]
     if isinstance(heads := stated["num_attention_heads"], int):
         stated["num_attention_heads"] = [heads] * len(down)
-    ids_width = stated.pop("projection_class_embeddings_input_dim")
-    config = as_config(UNetConfig, {**stated, "attention": [kind == kinds[0] for kind in down]}, "unet")
+    ids_width, vcut = stated.pop("projection_class_embeddings_input_dim"), stated.pop("vcut", False)
+    ours = {"attention": [kind == kinds[0] for kind in down], "vcut": False}
+    config = replace(as_config(UNetConfig, {**stated, **ours}, "unet"), vcut=vcut)
     if ids_width != 3 * config.addition_time_embed_dim:
         raise ValueError(
             f"projection_class_embeddings_input_dim is {ids_width}; need {3 * config.addition_time_embed_dim}, "

@@ -12,7 +12,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from minisvd.config import UNetConfig, VAEConfig
+from .config import UNetConfig, VAEConfig
 
 Join = Callable[..., Tensor]
 Gather = tuple[str, tuple[str, ...], Join]  # a parameter, its sources, how to join them

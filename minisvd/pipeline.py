@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisvd.checkpoint import resolve
-from minisvd.clip import ImageEncoder
-from minisvd.config import GenerationConfig, Vcut
-from minisvd.images import FITS, ImageLike, load_image
-from minisvd.sampler import GuidanceSchedule, Stage2, edm_sigmas, guided_denoiser, sample_euler
-from minisvd.unet import SpatioTemporalUNet
-from minisvd.vae import AutoencoderKLTemporalDecoder, SpatioTemporalResBlock
-from minisvd.video import Video
+from .checkpoint import resolve
+from .clip import ImageEncoder
+from .config import GenerationConfig, Vcut
+from .images import FITS, ImageLike, load_image
+from .sampler import GuidanceSchedule, Stage2, edm_sigmas, euler_steps, guided_denoiser, initial_latents
+from .unet import SpatioTemporalUNet
+from .vae import AutoencoderKLTemporalDecoder, SpatioTemporalResBlock
+from .video import Video
 
 LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
 
@@ -158,7 +158,8 @@ class StableVideoDiffusion:
         b, (width, height), factor = len(pixels), size, self.vae.config.factor
         fps = per_row("fps", fps, b)
         numbers = [fps, per_row("motion_bucket", motion_bucket, b), per_row("noise_aug", noise_aug, b)]
-        added_time_ids = torch.tensor(numbers, dtype=torch.float32).T - torch.tensor([1, 0, 0])
+        ids = torch.tensor(numbers, dtype=torch.float32).T
+        added_time_ids = ids - torch.tensor([1, 0, 0])  # the network was trained on fps - 1
         generators = [torch.Generator().manual_seed(int(value)) for value in per_row("seed", seed, b)]
         aug_noise = drawn("aug_noise", aug_noise, (3, height, width), generators)
         shape = (num_frames, self.unet.config.out_channels, height // factor, width // factor)
@@ -167,14 +168,14 @@ class StableVideoDiffusion:
         schedule, videos = GuidanceSchedule(*guidance, cut_step, stage2), []
         for rows in torch.arange(b).split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
-            latents = self.denoise(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
+            latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
             with decoding_bar(self.vae, progress):
                 frames = self.vae.decode(latents, decode_chunk)
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
             videos += [Video(frames[i], fps=float(fps[row])) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
 
-    def denoise(
+    def sample(
         self,
         pixels: Tensor,
         added_time_ids: Tensor,
@@ -190,14 +191,13 @@ class StableVideoDiffusion:
         embeds = self.clip(pixels)
         latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
         denoise = guided_denoiser(self.unet, embeds, latent, added_time_ids, schedule)
-        with tqdm(total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress) as bar:
-
-            def after_step(step: int, sigma: Tensor, latents: Tensor) -> None:
-                bar.update()
-                if callback is not None:
-                    callback(step, sigma, latents)
-
-            return sample_euler(denoise, noise, sigmas, after_step)
+        latents = initial_latents(noise, sigmas)
+        steps = euler_steps(denoise, latents, sigmas.to(noise.device, torch.float32))
+        for step in tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress):
+            latents = step.latents
+            if callback is not None:
+                callback(step.number, step.sigma, latents)
+        return latents
 
     @property
     def device(self) -> torch.device:
@@ -250,7 +250,7 @@ def decoding_bar(vae: nn.Module, progress: bool) -> Iterator[None]:
 
 
 def advance(bar: tqdm) -> None:
-    """One block more. A hook's result would replace the block's, so there is none."""
+    """One block more. Returns None, because torch puts what a hook returns in the place of the block's output."""
     bar.update()
 
 

@@ -7,15 +7,14 @@ Source: arXiv 2206.00364 (EDM: Eq. 5, Eq. 7, Algorithm 1 without the correction)
 (guidance that grows over the frames), arXiv 2407.19205, section III (guidance only before a cut step; Eq. 4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-
-from minisvd.attention import Context
 
 Denoise = Callable[[Tensor, Tensor, int], Tensor]
 """(x, sigma, step) -> D(x; sigma): denoised latents. Steps count from 1."""
@@ -25,6 +24,7 @@ def edm_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: 
     """EDM's noise levels [n+1], falling from sigma_max to sigma_min, then 0 (Eq. 5).
 
     sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
+    From 700, above EDM's 80: a still image is so much signal in every frame that 80 would leave its mean visible.
     Raises ValueError for n < 1.
     """
     if n < 1:
@@ -44,32 +44,33 @@ def preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c_skip, c_out, c_in, c_noise
 
 
-Contexts = list[list[Context]]
 Stage2 = Literal["mean", "cond", "uncond"]
-
-STAGE_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (unconditional, conditional)
-    "mean": lambda zero, image: (zero + image) / 2,
-    "cond": lambda _zero, image: image,
-    "uncond": lambda zero, _image: zero,
-}
+SHARE: dict[Stage2, float] = {"mean": 0.5, "cond": 1.0, "uncond": 0.0}
+"""Of the embedding, in stage two. An attention to one key is affine in it, so at half the key it gives the mean of what
+it gives at the key and at zero: Eq. 4 of arXiv 2407.19205."""
 
 
 class Network(Protocol):
-    """What the sampler needs of a UNet: the embedding's part, made once, and a forward that takes it."""
+    """What the sampler needs of a UNet: a call, and what the call would compute of the embedding each time anew."""
 
-    def condition(self, image_embeds: Tensor) -> Contexts: ...
-    def denoise(self, sample: Tensor, c_noise: Tensor, contexts: Contexts, added_time_ids: Tensor) -> Tensor: ...
+    def condition(self, image_embeds: Tensor) -> Any: ...
+    def __call__(
+        self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Any
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class GuidanceSchedule:
     """Which steps are guided, how strongly each frame is, and what runs once guidance is cut.
 
-    The scale grows linearly over the frames from `min_scale` to `max_scale`. Steps count from 1. Stage one, step <
-    cut_step: classifier-free guidance, a batch of two; None: throughout. Stage two, step >= cut_step: one branch,
-    with the image's latent, in which each cross-attention gives what `stage2` says: "mean", of its unconditional and
-    conditional outputs (Eq. 4), which by linearity is its output for half the embedding; "cond"; "uncond".
-    In stage one a scale of 1 in every frame is the conditional branch itself, which then runs alone.
+    The scale grows linearly over the frames from `min_scale` to `max_scale`. Steps count from 1.
+
+    Stage one, step < cut_step (None: all steps): classifier-free guidance, on a batch of two. A scale of 1 in every
+    frame is the conditional branch itself, which then runs alone.
+    Stage two, step >= cut_step: one branch, conditioned on the image's latent and on a share of its embedding: half
+    of it for `stage2` "mean", which gives each cross-attention the mean of its two outputs; all for "cond"; none for
+    "uncond".
+
     Raises ValueError unless min_scale <= max_scale, for cut_step < 1 and for another `stage2`.
     """
 
@@ -83,12 +84,13 @@ class GuidanceSchedule:
             raise ValueError(f"guidance is ({self.min_scale}, {self.max_scale}); need finite min <= max")
         if self.cut_step is not None and self.cut_step < 1:
             raise ValueError(f"cut_step is {self.cut_step}; steps count from 1, so need at least 1")
-        if self.stage2 not in STAGE_TWO:
-            raise ValueError(f"stage2 is {self.stage2!r}; need one of {', '.join(STAGE_TWO)}")
+        if self.stage2 not in SHARE:
+            raise ValueError(f"stage2 is {self.stage2!r}; need one of {', '.join(SHARE)}")
 
-    def guided(self, step: int) -> bool:
-        """Does this step (from 1) run both branches?"""
-        return self.stage(step) == 1 and not self.min_scale == self.max_scale == 1
+    @property
+    def guides(self) -> bool:
+        """Does stage one run both branches?"""
+        return not self.min_scale == self.max_scale == 1
 
     def stage(self, step: int) -> int:
         """1 before the cut step, 2 from it on."""
@@ -106,40 +108,68 @@ def guided_denoiser(
 
     guided:  D = D_0 + scale (D_c - D_0), from one forward on both;   else:  D of the one branch.
     D_0 has a zero embedding and a zero image latent, and keeps the numbers.
-    All that depends on the embedding is computed here, once, for both stages; the denoiser that returns owns it.
+    What the network makes of an embedding is computed once for each stage, in its first step; the result owns it.
 
-    image_embeds [b,1,c'], image_latent [b,4,h,w] unscaled, added_time_ids [b,3].
+    image_embeds [b,1,c'], image_latent [b,4,h,w] unscaled (the VAE's mode, not times 0.18215: trained so),
+    added_time_ids [b,3].
     """
+
+    def conditioned_on(embeds: Tensor, latent: Tensor, ids: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        conditions = cache(partial(unet.condition, embeds))
+
+        def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+            c_skip, c_out, c_in, c_noise = preconditioning(sigma)
+            frames = repeat(latent, "b c h w -> b t c h w", t=x.shape[1])
+            sample = torch.cat([(c_in * x).to(latent.dtype), frames], dim=2)
+            return c_skip * x + c_out * unet(sample, c_noise, embeds, ids, conditions()).float()
+
+        return denoised
 
     def both(x: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(x), x])
 
-    def predict(x: Tensor, sigma: Tensor, contexts: Contexts, latent: Tensor, ids: Tensor) -> Tensor:
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma)
-        frames = repeat(latent, "b c h w -> b t c h w", t=x.shape[1])
-        sample = torch.cat([(c_in * x).to(latent.dtype), frames], dim=2)
-        return c_skip * x + c_out * unet.denoise(sample, c_noise, contexts, ids).float()
+    two = conditioned_on(both(image_embeds), both(image_latent), torch.cat([added_time_ids, added_time_ids]))
 
-    contexts = unet.condition(both(image_embeds))
-    pair = (contexts, both(image_latent), torch.cat([added_time_ids, added_time_ids]))
-    alone = {  # the one branch of each stage
-        1: (single_branch(contexts, STAGE_TWO["cond"]), image_latent, added_time_ids),
-        2: (single_branch(contexts, STAGE_TWO[schedule.stage2]), image_latent, added_time_ids),
-    }
-
-    def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        if not schedule.guided(step):
-            return predict(x, sigma, *alone[schedule.stage(step)])
-        d_0, d_c = predict(torch.cat([x, x]), sigma, *pair).chunk(2)
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        d_0, d_c = two(torch.cat([x, x]), sigma).chunk(2)
         scale = rearrange(schedule.scales(x.shape[1]).to(x.device), "t -> t 1 1 1")
         return d_0 + scale * (d_c - d_0)
+
+    conditional = conditioned_on(image_embeds, image_latent, added_time_ids)
+    shared = conditioned_on(SHARE[schedule.stage2] * image_embeds, image_latent, added_time_ids)
+    stages = {1: guided if schedule.guides else conditional, 2: shared}
+
+    def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        return stages[schedule.stage(step)](x, sigma)
 
     return denoise
 
 
-def single_branch(contexts: Contexts, choose: Callable[[Tensor, Tensor], Tensor]) -> Contexts:
-    """Of contexts for (unconditional, conditional), batches of 2b, one context for each video: batches of b."""
-    return [[tuple(choose(*both.chunk(2)) for both in context) for context in block] for block in contexts]
+class EulerStep(NamedTuple):
+    """One step done: its `number` from 1, the level `sigma` that it reached, the latents x there, and D(x; sigma) of
+    the level it left: the estimate of the clean latents that it followed."""
+
+    number: int
+    sigma: Tensor
+    latents: Tensor
+    denoised: Tensor
+
+
+def euler_steps(denoise: Denoise, x: Tensor, sigmas: Tensor, first: int = 1) -> Iterator[EulerStep]:
+    """Euler's method for dx/dsigma = (x - D(x; sigma)) / sigma, step by step from the `first` on; x is where it starts.
+
+    x <- x + (x - D(x; sigma_i)) / sigma_i * (sigma_i+1 - sigma_i)
+    """
+    for i in range(first - 1, len(sigmas) - 1):
+        denoised = denoise(x, sigmas[i], i + 1)
+        d = (x - denoised) / sigmas[i]
+        x = x + d * (sigmas[i + 1] - sigmas[i])
+        yield EulerStep(i + 1, sigmas[i + 1], x, denoised)
+
+
+def initial_latents(noise: Tensor, sigmas: Tensor) -> Tensor:
+    """noise * sqrt(1 + sigmas[0]^2), in float32: unit noise [b,t,c,h,w] at the first level, over data of variance 1."""
+    return noise.float() * (1 + sigmas[0].to(noise.device, torch.float32) ** 2).sqrt()
 
 
 def sample_euler(
@@ -148,16 +178,13 @@ def sample_euler(
     sigmas: Tensor,
     callback: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Tensor:
-    """Solve dx/dsigma = (x - D(x; sigma)) / sigma by Euler's method, from sigmas[0] to sigmas[-1].
+    """All of `euler_steps`, from unit noise [b,t,c,h,w] at sigmas[0] to sigmas[-1]: the latents there.
 
-    noise [b,t,c,h,w] has unit variance; the start is noise * sqrt(1 + sigmas[0]^2), in float32.
     `callback(step, sigma, latents)` sees every step: its number from 1, the level it reached, the latents there.
     """
-    sigmas = sigmas.to(noise.device, torch.float32)
-    x = noise.float() * (1 + sigmas[0] ** 2).sqrt()
-    for i in range(len(sigmas) - 1):
-        d = (x - denoise(x, sigmas[i], i + 1)) / sigmas[i]
-        x = x + d * (sigmas[i + 1] - sigmas[i])
+    x = initial_latents(noise, sigmas)
+    for step in euler_steps(denoise, x, sigmas.to(noise.device, torch.float32)):
+        x = step.latents
         if callback is not None:
-            callback(i + 1, sigmas[i + 1], x)
+            callback(step.number, step.sigma, x)
     return x

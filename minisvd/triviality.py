@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minisvd.attention import Attention
+from .attention import Attention
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 
@@ -253,7 +253,7 @@ def two_key_control(
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteCheck:
     """One cross-attention of a UNet: its width c, the largest |attention - linear| and |attention|, and the report.
 
     Holds if the report does, exactly to_q and to_k are dead with one key and nothing is with two, and the attention
@@ -289,7 +289,7 @@ def linear_map(attention: nn.Module) -> tuple[Tensor, Tensor]:
     return to_out @ to_v, bias
 
 
-def check_site(name: str, attention: Attention) -> Site:
+def check_site(name: str, attention: Attention) -> SiteCheck:
     """Check a copy of `attention` in float64 on the CPU, where what is left is the theorem, not rounding.
 
     Two rows of context serve three query rows of four tokens each: enough, since tokens do not see each other.
@@ -302,7 +302,7 @@ def check_site(name: str, attention: Attention) -> Site:
     with torch.no_grad():
         out = attention(x, context)
         error = largest(out - nn.functional.linear(context, weight, bias).repeat_interleave(3, dim=0))
-    return Site(name, attention.to_q.in_features, error, largest(out), check(attention, x, context))
+    return SiteCheck(name, attention.to_q.in_features, error, largest(out), check(attention, x, context))
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

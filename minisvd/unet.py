@@ -11,13 +11,14 @@ denoised latents. What differs from Stable Diffusion's UNet: each residual block
 by one that works along time, blended by a learned sigmoid (here its weight is on the SPATIAL branch); and three
 numbers, fps - 1, motion bucket and noise augmentation, are embedded next to the noise level.
 
-Axes as in attention.py; (b t) is a batch of frames, video by video. A block finds b as the length of its
-conditions: `emb` [b, c_e], the embedded noise level and numbers, and `context`, what the block's transformers take of
-the image's CLIP embedding.
+Axes as in attention.py; (b t) is a batch of frames, video by video. A block finds b as the length of what it is
+conditioned on: `emb` [b, c_e], the embedded noise level and numbers, and the conditions of its transformers.
 
 Source: arXiv 2311.15127, appendix D; names as in the published `unet/` folders.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,20 +26,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisvd.attention import AlphaBlender, Context, SpatialTransformer, TimestepEmbedding, sinusoidal_embedding
-from minisvd.config import NUM_GROUPS, UNetConfig, Vcut
+from .attention import AlphaBlender, SpatioTemporalTransformer, TimestepEmbedding, sinusoidal_embedding
+from .config import NUM_GROUPS, UNetConfig, Vcut
+
+Conditions = Sequence[list[tuple[Tensor, ...]]]  # of each block in turn: what its transformers take of the embedding
 
 
 class ResnetBlock2D(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w]."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w].
+
+    The norms' eps is 1e-5, as trained. diffusers runs 18 of the 22 residual blocks at 1e-6: see the README.
+    """
 
     def __init__(self, c_in: int, c_out: int, c_emb: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NUM_GROUPS, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(NUM_GROUPS, c_in, eps=1e-5), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(c_emb, c_out)
-        self.norm2 = nn.GroupNorm(NUM_GROUPS, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(NUM_GROUPS, c_out, eps=1e-5), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -54,11 +58,9 @@ class TemporalResnetBlock(nn.Module):
 
     def __init__(self, c: int, c_emb: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NUM_GROUPS, c)
-        self.conv1 = nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0))
+        self.norm1, self.conv1 = nn.GroupNorm(NUM_GROUPS, c, eps=1e-5), nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0))
         self.time_emb_proj = nn.Linear(c_emb, c)
-        self.norm2 = nn.GroupNorm(NUM_GROUPS, c)
-        self.conv2 = nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0))
+        self.norm2, self.conv2 = nn.GroupNorm(NUM_GROUPS, c, eps=1e-5), nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -79,16 +81,6 @@ class SpatioTemporalResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         space = rearrange(self.spatial_res_block(x, emb), "(b t) c h w -> b c t h w", b=len(emb))
         return rearrange(self.time_mixer(space, self.temporal_res_block(space, emb)), "b c t h w -> (b t) c h w")
-
-
-class NoTransformer(nn.Module):
-    """Stands where a level has no transformer: x -> x."""
-
-    def condition(self, _context: Tensor) -> Context:
-        return ()
-
-    def forward(self, x: Tensor, _context: Context) -> Tensor:
-        return x
 
 
 class Downsample(nn.Module):
@@ -113,31 +105,45 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def transformers(config: UNetConfig, vcut: Vcut, level: int, depth: int) -> nn.ModuleList:
+class NoTransformer(nn.Module):
+    """x: stands where a level has no transformers."""
+
+    def __init__(self, *_sizes: Any) -> None:
+        super().__init__()
+
+    def condition(self, _context: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, x: Tensor, _conditions: tuple[Tensor, ...]) -> Tensor:
+        return x
+
+
+TRANSFORMER = {True: SpatioTemporalTransformer, False: NoTransformer}  # by the level's entry in config.attention
+
+
+def transformers(config: UNetConfig, level: int, depth: int) -> nn.ModuleList:
     """What follows each of a level's `depth` residual blocks."""
-    c, heads = config.block_out_channels[level], config.num_attention_heads[level]
-    with_attention = config.attention[level]
-    return nn.ModuleList(
-        SpatialTransformer(c, heads, config.cross_attention_dim, vcut) if with_attention else NoTransformer()
-        for _ in range(depth)
-    )
+    sizes = config.block_out_channels[level], config.num_attention_heads[level], config.cross_attention_dim
+    transformer = TRANSFORMER[config.attention[level]]
+    return nn.ModuleList(transformer(*sizes, config.vcut) for _ in range(depth))
 
 
 class DownBlock(nn.Module):
-    """A level on the way down: (residual block, transformer) twice, then half the grid, except at the innermost."""
+    """A level on the way down: (residual block, transformer) twice, then half the grid."""
 
-    def __init__(self, config: UNetConfig, vcut: Vcut, level: int, c_in: int, c_emb: int) -> None:
+    def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
-        c, depth, innermost = config.block_out_channels[level], config.layers_per_block, len(config.attention) - 1
-        widths_in = [c_in] + [c] * (depth - 1)
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(width, c, c_emb) for width in widths_in)
-        self.attentions = transformers(config, vcut, level, depth)
-        self.downsamplers = nn.ModuleList([Downsample(c)] * (level < innermost))
+        widths, depth = config.block_out_channels, config.layers_per_block
+        c, above = widths[level], (widths[0], *widths)[level]
+        widths_in = [above] + [c] * (depth - 1)
+        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, 4 * widths[0]) for c_in in widths_in)
+        self.attentions = transformers(config, level, depth)
+        self.downsamplers = nn.ModuleList([Downsample(c)])
 
-    def forward(self, x: Tensor, emb: Tensor, contexts: list[Context]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for resnet, attention, context in zip(self.resnets, self.attentions, contexts, strict=True):
-            x = attention(resnet(x, emb), context)
+        for resnet, attention, condition in zip(self.resnets, self.attentions, conditions, strict=True):
+            x = attention(resnet(x, emb), condition)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -148,33 +154,35 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottom of the U: residual block, transformer, residual block."""
 
-    def __init__(self, config: UNetConfig, vcut: Vcut, c_emb: int) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         c, heads = config.block_out_channels[-1], config.num_attention_heads[-1]
+        c_context, c_emb = config.cross_attention_dim, 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(c, heads, config.cross_attention_dim, vcut)])
+        self.attentions = nn.ModuleList([SpatioTemporalTransformer(c, heads, c_context, config.vcut)])
 
-    def forward(self, x: Tensor, emb: Tensor, contexts: list[Context]) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, emb), contexts[0])
+    def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, emb), conditions[0])
         return self.resnets[1](x, emb)
 
 
 class UpBlock(nn.Module):
-    """A level on the way up: (take a skip, residual block, transformer) three times, then twice the grid,
-    except at the outermost. The last skip is what entered the level on the way down."""
+    """A level on the way up: (take a skip, residual block, transformer) three times, then twice the grid.
+    The last skip is what entered the level on the way down."""
 
-    def __init__(self, config: UNetConfig, vcut: Vcut, level: int, c_in: int, c_skip: int, c_emb: int) -> None:
+    def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
-        c, depth = config.block_out_channels[level], config.layers_per_block + 1
-        widths_in = [c_in + c] + [c + c] * (depth - 2) + [c + c_skip]
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(width, c, c_emb) for width in widths_in)
-        self.attentions = transformers(config, vcut, level, depth)
-        self.upsamplers = nn.ModuleList([Upsample(c)] * (level > 0))
+        widths, depth = config.block_out_channels, config.layers_per_block + 1
+        c, above, below = widths[level], (widths[0], *widths)[level], (*widths, widths[-1])[level + 1]
+        widths_in = [below + c] + [c + c] * (depth - 2) + [c + above]
+        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, 4 * widths[0]) for c_in in widths_in)
+        self.attentions = transformers(config, level, depth)
+        self.upsamplers = nn.ModuleList([Upsample(c)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, contexts: list[Context]) -> Tensor:
-        for resnet, attention, context in zip(self.resnets, self.attentions, contexts, strict=True):
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
+        for resnet, attention, condition in zip(self.resnets, self.attentions, conditions, strict=True):
             x = torch.cat([x, skips.pop()], dim=1)
-            x = attention(resnet(x, emb), context)
+            x = attention(resnet(x, emb), condition)
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x
@@ -187,36 +195,34 @@ class SpatioTemporalUNet(nn.Module):
     c_noise         [b] or scalar     0.25 ln(sigma)
     image_embeds    [b, 1, 1024]      CLIP embedding of the image
     added_time_ids  [b, 3]            fps - 1, motion bucket, noise augmentation
+    conditions      what `condition(image_embeds)` returned, so that many calls need it only once
     returns         [b, t, 4, h, w]
 
-    `vcut` chooses the class of every transformer block (attention.BLOCKS), once, here:
-    False       as released: 1,524,623,082 parameters at full size
-    "lossless"  every cross-attention a `CachedCondLinear`; the same function; 1,449,452,522
-    True        those within frames a `CachedCondLinear`, those along time omitted; arXiv 2407.19205; 1,436,660,522
-
     h and w are multiples of `config.stride`. Rows of a batch never mix. Everything runs in the weights' dtype but
-    the sinusoidal embeddings, which are float32.
+    the sinusoids, which are float32. `vcut`, if given, replaces the config's: see attention.CROSS. At full size False
+    has 1,524,623,082 parameters, "lossless" 1,449,452,522 and True 1,436,660,522.
     """
 
-    def __init__(self, config: UNetConfig, vcut: Vcut = False) -> None:
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, config: UNetConfig, vcut: Vcut | None = None) -> None:
         super().__init__()
-        self.config, self.vcut = config, vcut
-        widths, levels = config.block_out_channels, range(len(config.block_out_channels))
+        self.config = config = config if vcut is None else replace(config, vcut=vcut)
+        widths = config.block_out_channels
         c_emb, c_ids = 4 * widths[0], 3 * config.addition_time_embed_dim
-        outer = (widths[0], *widths)  # outer[level]: the width that enters the level on the way down
         self.time_embedding = TimestepEmbedding(widths[0], c_emb, c_emb)
         self.add_embedding = TimestepEmbedding(c_ids, c_emb, c_emb)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(DownBlock(config, vcut, level, outer[level], c_emb) for level in levels)
-        self.mid_block = MidBlock(config, vcut, c_emb)
-        inner = (*widths[1:], widths[-1])  # inner[level]: the width that comes up into it
-        self.up_blocks = nn.ModuleList(
-            UpBlock(config, vcut, level, inner[level], outer[level], c_emb) for level in reversed(levels)
-        )
-        self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[0])
+        levels = range(len(widths))
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        self.down_blocks[-1].downsamplers = nn.ModuleList()  # the innermost level is not halved,
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.up_blocks[-1].upsamplers = nn.ModuleList()  # and the outermost not doubled
+        self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def condition(self, image_embeds: Tensor) -> list[list[Context]]:
+    def condition(self, image_embeds: Tensor) -> Conditions:
         """All that the network will ever ask of the embedding [b, 1, c'], block by block: once per video.
 
         The caller owns the result; the network keeps nothing, so that two videos in turn cannot meet.
@@ -224,24 +230,26 @@ class SpatioTemporalUNet(nn.Module):
         blocks: list[Any] = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [[attention.condition(image_embeds) for attention in block.attentions] for block in blocks]
 
-    def forward(self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor) -> Tensor:
-        return self.denoise(sample, c_noise, self.condition(image_embeds), added_time_ids)
-
-    def denoise(self, sample: Tensor, c_noise: Tensor, contexts: list[list[Context]], added_time_ids: Tensor) -> Tensor:
-        """`forward` with the embedding's part computed before, by `condition`."""
-        b = len(sample)
-        noise_level = sinusoidal_embedding(c_noise.expand(b), self.config.block_out_channels[0])
+    def embed(self, c_noise: Tensor, added_time_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """emb [b, c_e]: the noise level's embedding plus the numbers', after the silu that every block would apply."""
+        level = sinusoidal_embedding(c_noise.expand(len(added_time_ids)), self.config.block_out_channels[0])
         numbers = sinusoidal_embedding(added_time_ids, self.config.addition_time_embed_dim)
-        emb = self.time_embedding(noise_level) + self.add_embedding(rearrange(numbers, "b i c -> b (i c)", i=3))
-        emb = F.silu(emb)  # every residual block projects it after this
+        numbers = rearrange(numbers, "b i c -> b (i c)", i=3)
+        return F.silu(self.time_embedding(level.to(dtype)) + self.add_embedding(numbers.to(dtype)))
 
-        x = self.conv_in(rearrange(sample, "b t c h w -> (b t) c h w", c=self.config.in_channels))
-        context, skips = iter(contexts), [x]
-        for block in self.down_blocks:
-            x, more = block(x, emb, next(context))
-            skips += more
-        x = self.mid_block(x, emb, next(context))
-        for block in self.up_blocks:
-            x = block(x, skips, emb, next(context))
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return rearrange(x, "(b t) c h w -> b t c h w", b=b)
+    def forward(
+        self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Conditions = ()
+    ) -> Tensor:  # in the comments, svd-xt's shapes with guidance: sample [2,25,8,72,128]
+        condition = iter(conditions or self.condition(image_embeds))
+        emb = self.embed(c_noise, added_time_ids, sample.dtype)  # [2,1280]
+        x = rearrange(sample, "b t c h w -> (b t) c h w", c=self.config.in_channels)  # [50,8,72,128]
+        x = self.conv_in(x)  # [50,320,72,128]
+        skips = [x]
+        for block in self.down_blocks:  # to [50,320,36,64], [50,640,18,32], [50,1280,9,16], [50,1280,9,16]
+            x, more = block(x, emb, next(condition))
+            skips += more  # 12 in the end
+        x = self.mid_block(x, emb, next(condition))  # [50,1280,9,16]
+        for block in self.up_blocks:  # to [50,1280,18,32], [50,1280,36,64], [50,640,72,128], [50,320,72,128]
+            x = block(x, skips, emb, next(condition))
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [50,4,72,128]
+        return rearrange(x, "(b t) c h w -> b t c h w", b=len(sample))  # [2,25,4,72,128]

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from minisvd.attention import AlphaBlender
-from minisvd.config import NUM_GROUPS, VAEConfig
+from .attention import AlphaBlender
+from .config import NUM_GROUPS, VAEConfig
+from .unet import Upsample
 
 SPATIAL_EPS, TEMPORAL_EPS = 1e-6, 1e-5
 
@@ -162,17 +163,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the grid by repeating each cell, then convolve."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class DownBlock(nn.Module):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from minisvd import GuidanceSchedule, edm_sigmas, guided_denoiser, preconditioning, sample_euler
-from minisvd.sampler import Contexts
 
 
 def test_sigmas_are_the_closed_form():
@@ -82,18 +81,20 @@ def test_every_step_is_seen_and_nothing_else_is_random():
 
 
 class LinearUNet:
-    """A real, if small, network with the UNet's two methods, that records how it was called."""
+    """A real, if small, network that is called as the UNet is, and records how."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         self.conditions = 0
 
-    def condition(self, image_embeds: Tensor) -> Contexts:
+    def condition(self, image_embeds: Tensor) -> Tensor:
         self.conditions += 1
-        return [[(image_embeds,)]]
+        return image_embeds.clone()
 
-    def denoise(self, sample: Tensor, c_noise: Tensor, contexts: Contexts, added_time_ids: Tensor) -> Tensor:
-        (((image_embeds,),),) = contexts
+    def __call__(
+        self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Tensor
+    ) -> Tensor:
+        assert torch.equal(conditions, image_embeds)
         self.calls.append((sample, image_embeds, added_time_ids))
         scale = 1 + image_embeds.mean(dim=(1, 2)) + added_time_ids.sum(dim=1) + c_noise
         return sample[:, :, :4] * scale[:, None, None, None, None] + sample[:, :, 4:]
@@ -143,7 +144,7 @@ def test_guidance_stops_at_the_cut_step(cut_step, guided):
 
 
 @pytest.mark.parametrize(("stage2", "share"), [("mean", 0.5), ("cond", 1.0), ("uncond", 0.0)])
-def test_stage_two_hears_its_share_of_the_embedding(stage2, share):
+def test_stage_two_is_conditioned_on_its_share_of_the_embedding(stage2, share):
     """From the cut step on: the embedding times 1/2, 1 or 0, the image's latent and the numbers as they are."""
     unet, (embeds, latent, ids) = LinearUNet(), condition()
     denoise = guided_denoiser(unet, embeds, latent, ids, GuidanceSchedule(1.0, 2.0, 3, stage2))
@@ -152,8 +153,8 @@ def test_stage_two_hears_its_share_of_the_embedding(stage2, share):
         torch.testing.assert_close(seen, share * embeds)
         assert torch.equal(sample[:, 0, 4:], latent)
         assert torch.equal(numbers, ids)
-    assert torch.equal(unet.calls[1][1][1:], embeds)  # control: in stage one the conditional row hears all of it
-    assert unet.conditions == 1
+    assert torch.equal(unet.calls[1][1][1:], embeds)  # control: in stage one the conditional row has all of it
+    assert unet.conditions == 2  # once for each stage
 
 
 def test_no_cut_is_a_cut_beyond_the_end_bit_for_bit():

@@ -76,7 +76,7 @@ def test_steps_are_numbered_from_one_wherever_a_walk_begins():
         return x / 2
 
     sigmas = torch.tensor([4.0, 2.0, 1.0, 0.0])
-    ends = list(study.euler_from(2, denoise, torch.ones(1), sigmas))
+    ends = list(study.euler_steps(denoise, torch.ones(1), sigmas, first=2))
     assert seen == [(2, 2.0), (3, 1.0)]
     assert len(ends) == 2
 
@@ -102,18 +102,18 @@ def test_the_lossless_build_is_the_baseline_and_omitting_tca_is_not(walks):
     assert cut > 10 * exact
 
 
-def test_the_panels_hear_the_embedding_in_the_steps_they_name(bench, batch, walks):
+def test_the_panels_are_conditioned_in_the_steps_they_name(bench, batch, walks):
     """In all: the plain guided run. Never: the run on a zero embedding. The others are their own full runs."""
     schedule = GuidanceSchedule(*bench.svd.generation.guidance)
     before, after, never = PLAN.families()["panels"]
     assert torch.equal(walks.walk(BASELINE)[-1], full_run(bench.svd.unet, batch, schedule, batch.embeds))
-    deaf = full_run(bench.svd.unet, batch, schedule, torch.zeros_like(batch.embeds))
-    assert torch.equal(walks.walk(never)[-1], deaf)
+    zero = full_run(bench.svd.unet, batch, schedule, torch.zeros_like(batch.embeds))
+    assert torch.equal(walks.walk(never)[-1], zero)
     for arm in (before, after):
         full = sample_euler(study.denoiser(bench, batch, arm), batch.noise, edm_sigmas(4))
         assert torch.equal(walks.walk(arm)[-1], full)
-    assert [before.hears(step) for step in range(1, 5)] == [True, True, False, False]
-    assert [after.hears(step) for step in range(1, 5)] == [False, False, True, True]
+    assert [before.conditioned(step) for step in range(1, 5)] == [True, True, False, False]
+    assert [after.conditioned(step) for step in range(1, 5)] == [False, False, True, True]
 
     ends = [walks.walk(arm)[-1] for arm in (BASELINE, before, after, never)]
     apart = [largest(a, b) for i, a in enumerate(ends) for b in ends[:i]]

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import minisvd
 from checkpoint_files import small_modules, write_folder, write_single_file
 from conftest import relative_error
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
-from minisvd.attention import CachedCondLinear
+from minisvd.attention import Attention, CachedCondLinear
 from minisvd.checkpoint import resolve
 from minisvd.layouts import FOLD_GATHER, sources
 
@@ -206,14 +207,26 @@ def test_a_new_image_batch_or_dtype_recomputes():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", [{}, {"cut_step": 3}, {"cut_step": 1}, {"cut_step": 2, "stage2": "uncond"}])
-def test_each_cached_linear_runs_once_per_video(schedule):
-    unet, calls = fold(released(), "lossless"), []
-    for module in unet.modules():
-        if isinstance(module, CachedCondLinear):
-            module.register_forward_hook(lambda module, *_: calls.append(module))
+@pytest.mark.parametrize(
+    ("schedule", "stages"),
+    [({}, 1), ({"cut_step": 3}, 2), ({"cut_step": 1}, 1), ({"cut_step": 2, "stage2": "uncond"}, 2)],
+)
+def test_each_cached_linear_is_computed_once_for_each_stage_of_a_video(schedule, stages, monkeypatch):
+    """And read in each of the four steps."""
+    unet, computed, read = fold(released(), "lossless"), Counter(), Counter()
+    sites = [module for module in unet.modules() if isinstance(module, CachedCondLinear)]
+    condition = CachedCondLinear.condition
+
+    def counted(site: CachedCondLinear, context: Tensor) -> Tensor:
+        computed[site] += 1
+        return condition(site, context)
+
+    monkeypatch.setattr(CachedCondLinear, "condition", counted)
+    for site in sites:
+        site.register_forward_hook(lambda site, *_: read.update([site]))
     run(unet, torch.randn(1, 1, 48), torch.randn(1, 4, 4, 4), **schedule)
-    assert len(calls) == len(set(calls)) == sum(isinstance(m, CachedCondLinear) for m in unet.modules())
+    assert computed == dict.fromkeys(sites, stages)
+    assert read == dict.fromkeys(sites, 4)
 
 
 def test_the_state_dict_holds_no_cache():
@@ -245,19 +258,24 @@ def test_gradients_reach_weight_bias_and_embedding():
 def test_compile_has_no_graph_break_and_one_graph_for_all_steps():
     unet = fold(released(), True)
     sample, _, embeds, ids = inputs()
-    contexts, graphs = unet.condition(embeds), []
+    conditions, graphs = unet.condition(embeds), []
 
     def backend(graph, _inputs):
         graphs.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(unet.denoise, fullgraph=True, backend=backend)
+    compiled = torch.compile(unet, fullgraph=True, backend=backend)
     for sigma in (700.0, 10.0, 0.5, 0.002):
         c_noise = 0.25 * torch.tensor(sigma).log()
-        assert relative_error(compiled(sample, c_noise, contexts, ids), unet(sample, c_noise, embeds, ids)) <= 1e-5
+        assert (
+            relative_error(compiled(sample, c_noise, embeds, ids, conditions), unet(sample, c_noise, embeds, ids))
+            <= 1e-5
+        )
     assert len(graphs) == 1
-    compiled(sample[:1], c_noise, unet.condition(embeds[:1]), ids[:1])  # control: another batch is another graph
+    compiled(
+        sample[:1], c_noise, embeds[:1], ids[:1], unet.condition(embeds[:1])
+    )  # control: another batch is another graph
     assert len(graphs) > 1
 
 
@@ -270,11 +288,15 @@ def test_the_mean_of_both_outputs_is_the_output_for_half_the_embedding(vcut):
     """(A(0) + A(c)) / 2 = A(c / 2) for every site of every build, attention included."""
     unet = fold(released(), vcut) if vcut else released()
     embeds, seen = torch.randn(1, 1, 48), []
-    sites: list[Any] = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    sites: list[Any] = [
+        module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention if vcut is False else CachedCondLinear) and name.endswith("attn2")
+    ]
     for site in sites:
         x = torch.randn(3, 5, site.to_q.in_features) if vcut is False else None
         zero, image, half = (
-            site(x, c) if vcut is False else site(c) for c in (torch.zeros_like(embeds), embeds, embeds / 2)
+            site(x, c) if vcut is False else site.condition(c) for c in (torch.zeros_like(embeds), embeds, embeds / 2)
         )
         seen.append(relative_error((zero + image) / 2, half))
         assert relative_error(image, half) > 1e-2  # control
@@ -308,7 +330,7 @@ def test_a_cut_beyond_the_end_is_no_cut_bit_for_bit():
 def test_folding_at_load_is_the_float64_product_rounded_once(tiny_folder, vcut, dtype):
     source = minisvd.load_unet(tiny_folder).state_dict()
     unet = minisvd.load_unet(tiny_folder, vcut=vcut, dtype=dtype)
-    assert unet.vcut == vcut
+    assert unet.config.vcut == vcut
     checked = 0
     for name, tensor in unet.state_dict().items():
         site, _, kind = name.rpartition(".")
@@ -362,7 +384,7 @@ def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_pa
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (out / weights).stat().st_size < (tiny_folder / weights).stat().st_size
     converted, folded = minisvd.load(out), minisvd.load(tiny_folder, vcut=build)
-    assert converted.unet.vcut == build
+    assert converted.unet.config.vcut == build
     for part in ("unet", "vae", "clip"):
         ours, theirs = (getattr(svd, part).state_dict() for svd in (converted, folded))
         assert ours.keys() == theirs.keys()

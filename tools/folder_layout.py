@@ -89,7 +89,7 @@ def unet_config(unet: SpatioTemporalUNet, num_frames: int) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "num_frames": num_frames,
     }
-    return stated | ({} if unet.vcut is False else {"vcut": unet.vcut})
+    return stated | ({} if unet.config.vcut is False else {"vcut": unet.config.vcut})
 
 
 def vae_config(vae: AutoencoderKLTemporalDecoder) -> dict[str, Any]:

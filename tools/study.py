@@ -7,7 +7,7 @@ Each unseen scene has its own fps, motion bucket and noise, the same in every ar
 
     builds     no cut: vcut False (the baseline of all arms), "lossless" (the exact control), True (TCA omitted)
     cuts       vcut=True, guided before step c, one branch from there on, in three forms (Table IV)
-    panels     the image's CLIP embedding heard in all steps, before c, from c on, never (Figure 2)
+    panels     conditioned on the image's CLIP embedding in all steps, before c, from c on, never (Figure 2)
     control    vcut="lossless" with the same cut steps: cutting guidance without omitting anything
 
 Arms that begin alike share their first steps, which changes no bit. `--work` keeps a file of measures for each family
@@ -44,9 +44,18 @@ import minisvd
 import scenes
 import study_report
 from folder_layout import atomic
-from minisvd.accounting import BUILDS, Run, run_cost
+from minisvd.accounting import BUILDS, RunCost, run_cost
 from minisvd.config import Vcut
-from minisvd.sampler import Denoise, GuidanceSchedule, Stage2, edm_sigmas, guided_denoiser, sample_euler
+from minisvd.sampler import (
+    Denoise,
+    GuidanceSchedule,
+    Stage2,
+    edm_sigmas,
+    euler_steps,
+    guided_denoiser,
+    initial_latents,
+    sample_euler,
+)
 
 SEED = 240_719_205
 TAKEN = (0, 1_000_003)  # seeds of training, and of the scenes that it is measured on
@@ -65,9 +74,9 @@ class Arm:
 
     build       the UNet's `vcut`
     cut_step    guided before it, one branch from it on; None: guided in every step
-    stage2      what that one branch hears: see GuidanceSchedule
-    embedding   the steps that hear the image's CLIP embedding: "all", those "before" `switch`, those "from" it on, or
-                "never". In the others it is zero for both branches; the image's latent stays.
+    stage2      that one branch's share of the embedding: see GuidanceSchedule
+    embedding   the steps conditioned on the image's CLIP embedding: "all", those "before" `switch`, those "from" it
+                on, or "never". In the others it is zero for both branches; the image's latent stays.
     """
 
     build: Vcut
@@ -82,8 +91,8 @@ class Arm:
         switch = "" if self.switch is None else f" {self.switch}"
         return f"{self.build}{cut}" + ("" if self.embedding == "all" else f" embedding {self.embedding}{switch}")
 
-    def hears(self, step: int) -> bool:
-        """Is the embedding there in this step (from 1)?"""
+    def conditioned(self, step: int) -> bool:
+        """Is this step (from 1) conditioned on the embedding?"""
         late = self.switch is not None and step >= self.switch
         return {"all": True, "before": not late, "from": late, "never": False}[self.embedding]
 
@@ -152,7 +161,7 @@ class Bench:
         """Latents [t,4,h,w] -> frames [t,3,H,W] in [0,1]."""
         return ((self.decoder.decode(latents[None])[0].float() + 1) / 2).clamp(0, 1)
 
-    def macs(self, arm: Arm) -> Run:
+    def macs(self, arm: Arm) -> RunCost:
         """The UNet's work for one video."""
         side = scenes.SIZE // self.svd.vae.config.factor
         config, frames = self.svd.unet.config, self.svd.generation.num_frames
@@ -198,25 +207,17 @@ def draw(bench: Bench, numbers: range) -> Batch:
 
 
 def denoiser(bench: Bench, batch: Batch, arm: Arm) -> Denoise:
-    """D(x; sigma) of an arm. Where it does not hear the embedding, both branches have the zero one."""
+    """D(x; sigma) of an arm. In steps not conditioned on the embedding, both branches have the zero one."""
     schedule = GuidanceSchedule(*bench.svd.generation.guidance, arm.cut_step, arm.stage2)
 
     def given(embeds: Tensor) -> Denoise:
         return guided_denoiser(bench.unets[arm.build], embeds, batch.latent, batch.ids, schedule)
 
-    hearing = given(batch.embeds)
+    conditioned = given(batch.embeds)
     if arm.embedding == "all":
-        return hearing
-    deaf = given(torch.zeros_like(batch.embeds))
-    return lambda x, sigma, step: (hearing if arm.hears(step) else deaf)(x, sigma, step)
-
-
-def euler_from(first: int, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
-    """The latents after each step from `first` (from 1) on, as `sample_euler` makes them; x is where `first` starts."""
-    for i in range(first - 1, len(sigmas) - 1):
-        d = (x - denoise(x, sigmas[i], i + 1)) / sigmas[i]
-        x = x + d * (sigmas[i + 1] - sigmas[i])
-        yield x
+        return conditioned
+    unconditioned = given(torch.zeros_like(batch.embeds))
+    return lambda x, sigma, step: (conditioned if arm.conditioned(step) else unconditioned)(x, sigma, step)
 
 
 class Walks:
@@ -231,9 +232,9 @@ class Walks:
         if arm not in self.taken:
             trunk, first = arm.origin()
             sigmas = self.bench.sigmas
-            shared = [self.batch.noise * (1 + sigmas[0] ** 2).sqrt()] if trunk == arm else self.walk(trunk)[:first]
-            own = euler_from(first, denoiser(self.bench, self.batch, arm), shared[-1], sigmas)
-            self.taken[arm] = [*shared, *own]
+            shared = [initial_latents(self.batch.noise, sigmas)] if trunk == arm else self.walk(trunk)[:first]
+            own = euler_steps(denoiser(self.bench, self.batch, arm), shared[-1], sigmas, first)
+            self.taken[arm] = [*shared, *(step.latents for step in own)]
         return self.taken[arm]
 
     @cached_property

@@ -74,8 +74,8 @@ BASELINE = "False"  # the name of the arm that all are compared with: no cut, gu
 def summarise(entries: list[Entry], rows: list[Row]) -> list[Entry]:
     """The entries with `measures` (value, low, high, n) and `differences` from the baseline (mean, low, high, beyond).
 
-    frontier_right and frontier_paired_psnr: is it on that frontier, among the arms that hear the embedding in every
-    step? The baseline, which has no PSNR to itself, is not a rival for the second.
+    frontier_right and frontier_paired_psnr: is it on that frontier, among the arms conditioned on the embedding in
+    every step? The baseline, which has no PSNR to itself, is not a rival for the second.
     """
     found: dict[str, dict[int, Row]] = {}
     for row in rows:

@@ -35,7 +35,7 @@ from captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
 from evaluate_tiny import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
 from folder_layout import atomic, write_folder
 from metrics import against_truth
-from minisvd.attention import SpatialTransformer
+from minisvd.attention import SpatioTemporalTransformer
 from minisvd.clip import ImageEncoder
 from minisvd.config import NUM_GROUPS, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.pipeline import StableVideoDiffusion
@@ -503,7 +503,7 @@ def new_unet() -> SpatioTemporalUNet:
     for module in unet.modules():
         if isinstance(module, (UNetResnetBlock2D, UNetTemporalResnetBlock)):
             zero(module.conv2)
-        elif isinstance(module, SpatialTransformer):
+        elif isinstance(module, SpatioTemporalTransformer):
             zero(module.proj_out)
     return unet
 
