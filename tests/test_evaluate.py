@@ -1,4 +1,4 @@
-"""Theorem: the figures of `tools/evaluate_tiny.py` call right clips right and wrong ones wrong, each by its measure."""
+"""Theorem: the figures of `tools/tiny/evaluate.py` call right clips right and wrong ones wrong, each by its measure."""
 
 from pathlib import Path
 
@@ -7,10 +7,20 @@ import pytest
 import torch
 
 import minisvd
-from captions import CaptionedImages, draw_captioned, tokens
-from evaluate_tiny import Figure, draw_clips, evaluate, generate, images, retrieval, share_figure, table, video_figures
-from metrics import against_truth
 from minisvd.config import ClipConfig
+from tools.measure.metrics import against_truth
+from tools.tiny.captions import CaptionedImages, draw_captioned, tokens
+from tools.tiny.evaluate import (
+    Figure,
+    draw_clips,
+    evaluate,
+    generate,
+    images,
+    retrieval,
+    share_figure,
+    table,
+    video_figures,
+)
 
 FOLDER = Path(__file__).parent.parent / "weights" / "tiny"
 CLIPS = draw_clips(40, seed=5)

@@ -1,6 +1,6 @@
 """Proposition: the network is two files of at most 500 lines, whose `if`s the released model all takes, both ways.
 
-None of them stands in a block's forward, and the README states what `tools/reading_cost.py` measures.
+None of them stands in a block's forward, and the README states what `tools/cost/reading_cost.py` measures.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minisvd
-from reading_cost import If, ReadingCost, find_recipe, main, minisvd_unet, reading_cost
+from tools.cost.reading_cost import If, ReadingCost, find_recipe, main, minisvd_unet, reading_cost
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(minisvd.__file__).parent  # as installed, which need not be the checkout

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import train_tiny
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
 from minisvd.vae import AutoencoderKLTemporalDecoder
-from train_tiny import Muon, Run, Stage, decode_frames, fit, muon_and_adamw, orthogonalised
+from tools.tiny import train as train_tiny
+from tools.tiny.train import Muon, Run, Stage, decode_frames, fit, muon_and_adamw, orthogonalised
 
 STAGE = Stage("unet", steps=6, batch=2, lr=1e-3, report=100)
 CONFIG = UNetConfig(

@@ -1,7 +1,7 @@
 """Tables II and III of "Faster Image2Video Generation" (arXiv 2407.19205) beside the closed formulas of minisvd.
 
-    python tools/tables.py          two Markdown tables, then a sentence for each way in which they differ
-    python tools/tables.py --json   one JSON object
+    python -m tools.cost.tables          two Markdown tables, then a sentence for each way in which they differ
+    python -m tools.cost.tables --json   one JSON object
 
 MACs (T = 10^12) of the UNet at 1024x576, 25 steps for all three models, without the two matmuls of attention, q k^T
 and a v, which the paper's counter does not see. Of the paper only the figures in PARAMETERS, STEP and RUN were at hand:

@@ -1,4 +1,4 @@
-"""Held-out figures of the tiny model: `python tools/evaluate_tiny.py` prints them as a table, with 95 % intervals.
+"""Held-out figures of the tiny model: `python -m tools.tiny.evaluate` prints them as a table, with 95 % intervals.
 
 Each scene is one that training never drew, with its own fps and motion bucket; what is right in every frame is known.
 Videos are made as any user makes them, by `svd(image, ...)` with the folder's own settings. The captions' text encoder
@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minisvd
-import scenes
-from captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
-from metrics import TRAVEL, Measured, against_truth, bootstrap_interval, psnr, spearman, wilson_interval
 from minisvd import StableVideoDiffusion
+from tools.measure.metrics import TRAVEL, Measured, against_truth, bootstrap_interval, psnr, spearman, wilson_interval
+from tools.tiny import scenes
+from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
 
 HELD_OUT_SEED = 1_000_003
 BATCH = 8
@@ -178,7 +178,7 @@ def main() -> None:
     if args.scenes < 2:
         parser.error(f"--scenes is {args.scenes}; need at least 2 for an interval")
     if not (args.model / TEXT_ENCODER).is_file():
-        parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools/train_tiny.py wrote")
+        parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools.tiny.train wrote")
     figures, measured = evaluate(args.model, args.scenes)
     print(f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}")
     if args.json is not None:

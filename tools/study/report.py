@@ -1,4 +1,4 @@
-"""What tools/study.py found, as numbers, tables, sentences and pictures.
+"""What tools/study/run.py found, as numbers, tables, sentences and pictures.
 
 A row is one video: its `scene`, its `arm` and its measures, None where there was nothing to measure. An entry is one
 arm of study.json. Intervals hold 95 %; a difference is that of an arm from the baseline, scene by scene.
@@ -14,9 +14,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import scenes
-from folder_layout import atomic
-from metrics import bootstrap_interval, paired_difference, wilson_interval
+from tools.folder.layout import atomic
+from tools.measure.metrics import bootstrap_interval, paired_difference, wilson_interval
+from tools.tiny import scenes
 
 Row = dict[str, Any]
 Entry = dict[str, Any]
@@ -186,7 +186,7 @@ bfloat16, alike in every arm, which bounds how near two videos can come in PSNR;
 *Right*: the shape is in every frame, its heading is within 30 degrees where it travels at least 4 pixels, its colour
 within 0.1 (RGB) and its form the true one. Heading and speed errors are medians, over the scenes that travel so far.
 *Largest latent difference* is the largest of any number in any scene's latents, whose standard deviation is about 1.
-Consistencies are VBench's formulas (tools/metrics.py), the subject's with the tiny model's image encoder, the
+Consistencies are VBench's formulas (tools/measure/metrics.py), the subject's with the tiny model's image encoder, the
 background's with the pixels themselves; motion is the mean length of the largest 5 % of a Lucas-Kanade flow.
 """.strip()
 

@@ -1,4 +1,4 @@
-"""Train the tiny model from nothing: `python tools/train_tiny.py`. Stop it at will; the same command goes on.
+"""Train the tiny model from nothing: `python -m tools.tiny.train`. Stop it at will; the same command goes on.
 
 Four stages, each from the last one's result: the VAE on single frames, its temporal decoder on clips, the image
 encoder against captions, the UNet with the EDM v-loss on latents. The data are the endless clips of `scenes.py`.
@@ -30,11 +30,6 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import scenes
-from captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
-from evaluate_tiny import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
-from folder_layout import atomic, write_folder
-from metrics import against_truth
 from minisvd.attention import SpatialTransformer
 from minisvd.clip import ImageEncoder
 from minisvd.config import NUM_GROUPS, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
@@ -51,6 +46,11 @@ from minisvd.vae import (
     TemporalResnetBlock,
     Upsample,
 )
+from tools.folder.layout import atomic, write_folder
+from tools.measure.metrics import against_truth
+from tools.tiny import scenes
+from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
+from tools.tiny.evaluate import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
 
 VAE = VAEConfig(block_out_channels=(96, 64, 64, 96))  # three channels to a group of the last norms: see `linear_start`
 CLIP = ClipConfig(

@@ -1,6 +1,6 @@
 """The README's picture: rows of frames that the shipped model makes from scenes that it has not seen.
 
-python tools/picture.py          writes weights/tiny/frames.png
+python -m tools.tiny.picture          writes weights/tiny/frames.png
 """
 
 import argparse
@@ -12,8 +12,8 @@ from einops import rearrange
 from PIL import Image
 
 import minisvd
-import scenes
-from folder_layout import atomic
+from tools.folder.layout import atomic
+from tools.tiny import scenes
 
 SEED = 7
 ROWS = ((230, 0), (230, 1), (130, 2), (60, 3))  # motion bucket, scene

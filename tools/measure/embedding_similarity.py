@@ -1,8 +1,8 @@
 """How alike are the first and the last frame of a video, to an image encoder?
 
-    python tools/embedding_similarity.py clip.mp4 clips/*.gif frames/     by the tiny model's encoder and by pixels
-    python tools/embedding_similarity.py clip.mp4 --clip ViT-H-14:laion2b_s32b_b79k --dino vit_base_patch16_224.dino
-    python tools/embedding_similarity.py clip.mp4 --clip ViT-H-14:weights.safetensors --curve -o curves.png
+    python -m tools.measure.embedding_similarity clip.mp4 clips/*.gif frames/     by the tiny model and by pixels
+    python -m tools.measure.embedding_similarity clip.mp4 --clip ViT-H-14 --dino vit_base_patch16_224.dino
+    python -m tools.measure.embedding_similarity clip.mp4 --clip ViT-H-14:weights.safetensors --curve -o curves.png
 
 Prints one row for each video and the mean, one column for each encoder: the cosine of the last frame's embedding with
 the first's, the question of Figure 1 of "Faster Image2Video Generation" (arXiv 2407.19205). A high cosine alone does
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from metrics import HUBS, Features, open_clip_features, pixel_features, timm_features, tiny_features
+from tools.measure.metrics import HUBS, Features, open_clip_features, pixel_features, timm_features, tiny_features
 
 PICTURES = (".png", ".svg", ".pdf")  # what a plot can be written as
 

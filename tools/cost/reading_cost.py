@@ -1,7 +1,7 @@
 """What reading a model costs: its files, their lines, the lines that run, its `if`s and the `if`s never taken.
 
-    python tools/reading_cost.py                                       minisvd's UNet and diffusers', as table rows
-    python tools/reading_cost.py model.py:recipe --package mypackage   any other: recipe() -> (build, inputs)
+    python -m tools.cost.reading_cost                                       minisvd's UNet and diffusers', as table rows
+    python -m tools.cost.reading_cost model.py:recipe --package mypackage   any other: recipe() -> (build, inputs)
 
 The model is built and run forward once under a line and instruction tracer, after one untraced round that does the
 late imports. `build()` and `model(*inputs)` are traced; what the recipe makes before, a configuration and example

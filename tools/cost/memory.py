@@ -1,4 +1,4 @@
-"""Peak memory of one video at any size, counted without a GPU: `python tools/memory.py --model svd-xt`.
+"""Peak memory of one video at any size, counted without a GPU: `python -m tools.cost.memory --model svd-xt`.
 
 The released network runs on tensors that have shapes and no data, and every storage is counted from the operation
 that makes it until its last reference goes. Attention counts as a fused kernel's: its output and nothing else. What

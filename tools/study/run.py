@@ -1,7 +1,7 @@
 """What do the paper's cuts change, where the right answer is known? Its questions, asked of the tiny model.
 
-    python tools/study.py                            everything; stop it at will, the same command goes on
-    python tools/study.py --families builds cuts     some of it
+    python -m tools.study.run                           everything; stop it at will, the same command goes on
+    python -m tools.study.run --families builds cuts    some of it
 
 Each unseen scene has its own fps, motion bucket and noise, the same in every arm. The families of arms:
 
@@ -39,14 +39,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
 import minisvd
-import scenes
-import study_report
-from folder_layout import atomic
 from minisvd.accounting import BUILDS, Run, run_cost
 from minisvd.config import Vcut
 from minisvd.sampler import Denoise, GuidanceSchedule, Stage2, edm_sigmas, guided_denoiser, sample_euler
+from tools.folder.layout import atomic
+from tools.measure import metrics
+from tools.study import report as study_report
+from tools.tiny import scenes
 
 SEED = 240_719_205
 TAKEN = (0, 1_000_003)  # seeds of training, and of the scenes that it is measured on
@@ -138,7 +138,7 @@ class Bench:
         self.svd = minisvd.load(plan.model, vcut=False)
         if self.svd.generation.size != (scenes.SIZE, scenes.SIZE):
             w, h = self.svd.generation.size
-            raise ValueError(f"{plan.model} makes {w}x{h}; need {scenes.SIZE}x{scenes.SIZE}, as train_tiny.py's do")
+            raise ValueError(f"{plan.model} makes {w}x{h}; need {scenes.SIZE}x{scenes.SIZE}, as tools.tiny.train's do")
         self.unets: dict[Vcut, minisvd.SpatioTemporalUNet] = {
             False: self.svd.unet,
             "lossless": minisvd.load_unet(plan.model, vcut="lossless"),
@@ -455,7 +455,7 @@ def main() -> None:
         bench = Bench(replace(Plan(), model=args.model, seed=args.seed))
         check_work(args.work, bench.plan, bench.weights())
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"study.py: {error}") from error
+        raise SystemExit(f"study: {error}") from error
     batches = [range(i, min(i + BATCH, args.scenes)) for i in range(0, args.scenes, BATCH)]
     run_all(bench, args.work, args.families, batches, args.processes)
     files = [rows_file(args.work, family, numbers) for family in args.families for numbers in batches]
@@ -463,7 +463,7 @@ def main() -> None:
     timed = [arm for family in args.families if family != "panels" for arm in bench.plan.families()[family]]
     seconds = timings(bench, args.work, timed, args.timing_rounds) if args.timing_rounds else {}
     heading = {
-        "command": " ".join(["python tools/study.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m tools.study.run", *sys.argv[1:]]),
         "scenes": args.scenes,
         "plan": asdict(bench.plan),
         "weights": bench.weights(),

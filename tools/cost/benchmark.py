@@ -1,7 +1,7 @@
 """Is minisvd's UNet as fast as diffusers'? Both run in turn, in one process, on the same weights and inputs.
 
-    python tools/benchmark.py                                                        the ratio, on the CPU
-    python tools/benchmark.py --device cuda --dtype float16 --config full --frames 14 --size 1024x576
+    python -m tools.cost.benchmark                                                        the ratio, on the CPU
+    python -m tools.cost.benchmark --device cuda --dtype float16 --config full --frames 14 --size 1024x576
 
 First the outputs are compared (diffusers' residual eps is set to the original 1e-5); then, after a warm-up, A B B A
 A B B A ... are timed, a forward each. The ratio is median(minisvd) / median(diffusers): below 1, minisvd is faster.
