@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 from minisvd.accounting import BUILDS, PUBLISHED, Build, unet_cost
 from minisvd.config import PRESETS, UNetConfig
+from tools.output import table
 
 STEPS, SIZE, CUTS = 25, (128, 72), (None, 17, 20)  # SIZE is (w, h) in latent cells; None guides every step
 TCA_REMOVED = "TCA removed only"
@@ -93,11 +94,11 @@ def table_3() -> Iterator[Cell]:
 def markdown(cells: list[Cell]) -> str:
     """A line for each row of the table, a column for each quantity: ours (the paper's, difference)."""
     quantities = list(dict.fromkeys(cell.quantity for cell in cells))
-    lines = ["| model | build | " + " | ".join(quantities) + " |", "|---|---|" + "--:|" * len(quantities)]
+    rows = []
     for models, row in dict.fromkeys((cell.models, cell.row) for cell in cells):
         found = {cell.quantity: entry(cell) for cell in cells if (cell.models, cell.row) == (models, row)}
-        lines.append(f"| {models} | {row} | " + " | ".join(found[quantity] for quantity in quantities) + " |")
-    return "\n".join(lines)
+        rows.append((models, row, *(found[quantity] for quantity in quantities)))
+    return table(("model", "build", *quantities), "ll" + "r" * len(quantities), rows)
 
 
 def entry(cell: Cell) -> str:

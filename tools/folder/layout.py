@@ -1,9 +1,5 @@
 """Write a model as a folder of the published layout: what `minisvd.load`, diffusers and transformers read."""
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,18 +13,7 @@ from minisvd.config import GenerationConfig
 from minisvd.layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to the yielded temporary path; it takes the place of `path` only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from tools.output import atomic, write_json
 
 
 def write_folder(
@@ -57,8 +42,7 @@ def write_folder(
         "model_index.json": INDEX,
         "generation_config.json": asdict(generation),
     }.items():
-        with atomic(out / name) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(out / name, content, indent=2)
 
 
 def clip_state(clip: ImageEncoder) -> dict[str, Tensor]:

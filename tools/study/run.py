@@ -20,7 +20,6 @@ import argparse
 import copy
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -43,8 +42,8 @@ import minisvd
 from minisvd.accounting import BUILDS, Run, run_cost
 from minisvd.config import Vcut
 from minisvd.sampler import Denoise, GuidanceSchedule, Stage2, edm_sigmas, guided_denoiser, sample_euler
-from tools.folder.layout import atomic
 from tools.measure import metrics
+from tools.output import plotting, write_json
 from tools.study import report as study_report
 from tools.tiny import scenes
 
@@ -283,20 +282,6 @@ def rows_file(work: Path, family: str, numbers: range) -> Path:
     return work / f"{family}-{numbers.start:04d}-{numbers.stop:04d}.json"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Strict JSON: what is not finite (nothing to measure, or equal pictures) is null."""
-
-    def strict(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strict(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [strict(one) for one in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
-
-
 # All batches, in processes that share nothing but a count of videos for the progress bar.
 
 
@@ -451,7 +436,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     try:
-        study_report.pyplot()  # before any long work
+        plotting()  # before any long work
         bench = Bench(replace(Plan(), model=args.model, seed=args.seed))
         check_work(args.work, bench.plan, bench.weights())
     except (ValueError, OSError, ImportError) as error:
