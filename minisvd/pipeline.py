@@ -20,7 +20,7 @@ from .config import GenerationConfig, Vcut
 from .images import FITS, ImageLike, load_image
 from .sampler import GuidanceSchedule, Stage2, edm_sigmas, euler_steps, guided_denoiser, initial_latents
 from .unet import SpatioTemporalUNet
-from .vae import AutoencoderKLTemporalDecoder, SpatioTemporalResBlock
+from .vae import AutoencoderKLTemporalDecoder, VideoResBlock
 from .video import Video
 
 LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
@@ -239,7 +239,7 @@ def checked_sigmas(sigmas: Tensor) -> Tensor:
 @contextmanager
 def decoding_bar(vae: nn.Module, progress: bool) -> Iterator[None]:
     """A bar that advances with each of the decoder's spatio-temporal blocks."""
-    blocks = [module for module in vae.modules() if isinstance(module, SpatioTemporalResBlock)]
+    blocks = [module for module in vae.modules() if isinstance(module, VideoResBlock)]
     with tqdm(total=len(blocks), desc="decoding ", unit="block", disable=not progress) as bar:
         hooks = [block.register_forward_hook(lambda *_: advance(bar)) for block in blocks]
         try:

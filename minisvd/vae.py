@@ -47,7 +47,7 @@ def joined(parts: Iterator[Tensor], length: int, dim: int) -> Tensor:
     return whole
 
 
-class ResnetBlock2D(nn.Module):
+class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -75,7 +75,7 @@ class TemporalConv(nn.Conv3d):
         return rearrange(h, "(b h) c t w -> b t c h w", b=len(x))
 
 
-class TemporalResnetBlock(nn.Module):
+class ResnetBlockOverTime(nn.Module):
     """The same equation along time: kernels 3x1x1, and each norm's statistics over all frames of a video."""
 
     def __init__(self, c: int) -> None:
@@ -125,13 +125,13 @@ def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x - mean).square_().mean(-1), mean.squeeze(-1)
 
 
-class SpatioTemporalResBlock(nn.Module):
+class VideoResBlock(nn.Module):
     """Spatial residual block, then the temporal one, blended: a * temporal + (1 - a) * spatial."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.spatial_res_block = ResnetBlock2D(c_in, c_out)
-        self.temporal_res_block = TemporalResnetBlock(c_out)
+        self.spatial_res_block = ResnetBlock(c_in, c_out)
+        self.temporal_res_block = ResnetBlockOverTime(c_out)
         self.time_mixer = AlphaBlender(0.0)
 
     def forward(self, x: Tensor, chunk: int) -> Tensor:  # [b,t,c,h,w]
@@ -154,7 +154,7 @@ class SpatialAttention(nn.Module):
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
+class AsymmetricDownsample(nn.Module):
     """Halve the grid by a strided convolution that looks right and down: one row and column of zeros there."""
 
     def __init__(self, c: int) -> None:
@@ -165,13 +165,13 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class DownBlock(nn.Module):
+class DownEncoderBlock(nn.Module):
     """Two residual blocks, then half the grid, except at the innermost level."""
 
     def __init__(self, c_in: int, c_out: int, last: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock2D(c_in, c_out), ResnetBlock2D(c_out, c_out)])
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.resnets = nn.ModuleList([ResnetBlock(c_in, c_out), ResnetBlock(c_out, c_out)])
+        self.downsamplers = nn.ModuleList([] if last else [AsymmetricDownsample(c_out)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):
@@ -179,7 +179,7 @@ class DownBlock(nn.Module):
         return x
 
 
-class UpBlock(nn.Module):
+class UpBlockTemporalDecoder(nn.Module):
     """Three spatio-temporal residual blocks, then twice the grid, except at the outermost level.
 
     The decoder walks through them itself: a forward here would keep the block's input, gigabytes, to its end.
@@ -187,28 +187,28 @@ class UpBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, last: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([SpatioTemporalResBlock(c, c_out) for c in (c_in, c_out, c_out)])
+        self.resnets = nn.ModuleList([VideoResBlock(c, c_out) for c in (c_in, c_out, c_out)])
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
 
 
-class MidBlock(nn.Module):
+class MidBlockEncoder(nn.Module):
     """Residual block, attention, residual block, at the innermost level of the encoder."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock2D(c, c), ResnetBlock2D(c, c)])
+        self.resnets = nn.ModuleList([ResnetBlock(c, c), ResnetBlock(c, c)])
         self.attentions = nn.ModuleList([SpatialAttention(c)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class TemporalMidBlock(nn.Module):
+class MidBlockTemporalDecoder(nn.Module):
     """The decoder's: its residual blocks are spatio-temporal, its attention is within a frame."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([SpatioTemporalResBlock(c, c), SpatioTemporalResBlock(c, c)])
+        self.resnets = nn.ModuleList([VideoResBlock(c, c), VideoResBlock(c, c)])
         self.attentions = nn.ModuleList([SpatialAttention(c)])
 
     def forward(self, x: Tensor, chunk: int) -> Tensor:
@@ -223,9 +223,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        pairs = pairwise((widths[0], *widths))
-        self.down_blocks = nn.ModuleList([DownBlock(a, b, i == len(widths) - 1) for i, (a, b) in enumerate(pairs)])
-        self.mid_block = MidBlock(widths[-1])
+        pairs, last = pairwise((widths[0], *widths)), len(widths) - 1
+        self.down_blocks = nn.ModuleList(DownEncoderBlock(*ab, i == last) for i, ab in enumerate(pairs))
+        self.mid_block = MidBlockEncoder(widths[-1])
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[-1], SPATIAL_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -243,9 +243,9 @@ class TemporalDecoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = TemporalMidBlock(widths[0])
-        pairs = pairwise((widths[0], *widths))
-        self.up_blocks = nn.ModuleList([UpBlock(a, b, i == len(widths) - 1) for i, (a, b) in enumerate(pairs)])
+        self.mid_block = MidBlockTemporalDecoder(widths[0])
+        pairs, last = pairwise((widths[0], *widths)), len(widths) - 1
+        self.up_blocks = nn.ModuleList(UpBlockTemporalDecoder(*ab, i == last) for i, ab in enumerate(pairs))
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[-1], SPATIAL_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))
@@ -253,7 +253,7 @@ class TemporalDecoder(nn.Module):
     def forward(self, z: Tensor, chunk: int) -> Tensor:
         x = self.mid_block(framewise(self.conv_in, z, chunk), chunk)
         for block in self.up_blocks:
-            assert isinstance(block, UpBlock)
+            assert isinstance(block, UpBlockTemporalDecoder)
             for resnet in block.resnets:
                 x = resnet(x, chunk)
             for upsampler in block.upsamplers:

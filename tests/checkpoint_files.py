@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from minisvd.checkpoint import MODULES
 from minisvd.config import ClipConfig, UNetConfig, VAEConfig
 from minisvd.folder import CONFIG_FILES, STEMS
 from minisvd.layouts import DROPPED, FOLDER, SINGLE_FILE, rules, sources
+from tools.folder.layout import clip_config, unet_config, vae_config
 
 LAYOUTS = Path(__file__).parent / "layouts"
 
@@ -49,43 +49,17 @@ def small_modules(seed: int = 0) -> dict[str, nn.Module]:
     return modules
 
 
+UNREAD: dict[str, dict[str, Any]] = {  # fields of the published config.json files that no build depends on
+    "unet": {"_diffusers_version": "0.24.0.dev0", "sample_size": 96},
+    "vae": {"sample_size": 768},
+    "clip": {"attention_dropout": 0.0, "torch_dtype": "float16"},
+}
+
+
 def stated_config(part: str, config: Any) -> dict[str, Any]:
     """config.json as the published folders spell it."""
-    fields = json.loads(json.dumps(asdict(config)))
-    if part == "unet":
-        down = ["CrossAttnDownBlockSpatioTemporal" if a else "DownBlockSpatioTemporal" for a in fields.pop("attention")]
-        return {
-            "_class_name": "UNetSpatioTemporalConditionModel",
-            "_diffusers_version": "0.24.0.dev0",
-            "down_block_types": down,
-            "up_block_types": [kind.replace("Down", "Up") for kind in down[::-1]],
-            "projection_class_embeddings_input_dim": 3 * config.addition_time_embed_dim,
-            "transformer_layers_per_block": 1,
-            "num_frames": 14,
-            "sample_size": 96,
-            **fields,
-        }
-    if part == "vae":
-        return {
-            "_class_name": "AutoencoderKLTemporalDecoder",
-            "down_block_types": ["DownEncoderBlock2D"] * len(config.block_out_channels),
-            "force_upcast": True,
-            "in_channels": 3,
-            "layers_per_block": 2,
-            "out_channels": 3,
-            "sample_size": 768,
-            **fields,
-        }
-    del fields["mean"], fields["std"]
-    return {
-        "architectures": ["CLIPVisionModelWithProjection"],
-        "attention_dropout": 0.0,
-        "layer_norm_eps": 1e-05,
-        "model_type": "clip_vision_model",
-        "num_channels": 3,
-        "torch_dtype": "float16",
-        **fields,
-    }
+    spelled = {"unet": lambda config: unet_config(config, num_frames=14), "vae": vae_config, "clip": clip_config}
+    return json.loads(json.dumps(spelled[part](config) | UNREAD[part]))
 
 
 def folder_tensors(part: str, module: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import tables
 from checkpoint_files import published
 from conftest import UNET
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
@@ -32,6 +31,7 @@ from minisvd.attention import CachedCondLinear
 from minisvd.cli import main
 from minisvd.config import Vcut
 from minisvd.layouts import SINGLE_FILE
+from tools.cost import tables
 
 RELEASED, NATIVE = UNetConfig(), (128, 72)
 SMALL = UNetConfig(8, 4, (32, 64, 64), (True, True, False), (2, 4, 4), 2, 48, 16)

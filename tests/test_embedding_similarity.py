@@ -1,4 +1,4 @@
-"""Proposition: `tools/embedding_similarity.py` compares a video's last frame with its first, in any format and encoder.
+"""Proposition: `tools.measure.embedding_similarity` compares a last frame with the first, in any format and encoder.
 
 Controls: a still video's cosine is 1, one that ends in another picture is further off than one that ends in its own.
 """
@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import embedding_similarity as tool
-import metrics
-import scenes
 from minisvd import Video
+from tools.measure import embedding_similarity as tool
+from tools.measure import metrics
+from tools.tiny import scenes
 
 NAMES = ("clip.mp4", "clip.gif", "clip.webp", "clip")
 TIMM = "vit_tiny_patch16_224"

@@ -1,4 +1,4 @@
-"""Theorem: the figures of `tools/evaluate_tiny.py` call right clips right and wrong ones wrong, each by its measure."""
+"""Theorem: the figures of `tools/tiny/evaluate.py` call right clips right and wrong ones wrong, each by its measure."""
 
 from pathlib import Path
 
@@ -7,10 +7,20 @@ import pytest
 import torch
 
 import minisvd
-from captions import CaptionedImages, draw_captioned, tokens
-from evaluate_tiny import Figure, draw_clips, evaluate, generate, images, retrieval, share_figure, table, video_figures
-from metrics import against_truth
 from minisvd.config import ClipConfig
+from tools.measure.metrics import against_truth
+from tools.tiny.captions import CaptionedImages, draw_captioned, tokens
+from tools.tiny.evaluate import (
+    Figure,
+    draw_clips,
+    evaluate,
+    generate,
+    images,
+    retrieval,
+    share_figure,
+    table,
+    video_figures,
+)
 
 FOLDER = Path(__file__).parent.parent / "weights" / "tiny"
 CLIPS = draw_clips(40, seed=5)
@@ -69,7 +79,8 @@ def test_a_figure_is_held_to_its_bar():
     assert not share_figure("share", [True] * 94 + [False] * 6, 0.95).met
     assert Figure("error", "degrees", 15.0, 1, 20, 15, at_least=False).met
     assert not Figure("error", "degrees", 15.1, 1, 20, 15, at_least=False).met
-    assert "| 94.0 % | 87.5 to 97.2 | at least 95 % | no |" in share_figure("s", [True] * 94 + [False] * 6, 0.95).row()
+    low = share_figure("share", [True] * 94 + [False] * 6, 0.95)
+    assert "| share | 94.0 % | 87.5 to 97.2 | at least 95 % | no |" in table([low])
 
 
 def test_captions_are_told_apart_by_their_words():

@@ -1,4 +1,4 @@
-"""Proposition: each measure in `tools/metrics.py` is its formula, and is worse on what it is there to find.
+"""Proposition: each measure in `tools/measure/metrics.py` is its formula, and is worse on what it is there to find.
 
 Controls: the same measure on a clip that is scrambled, still, reversed, recoloured or of another shape.
 """
@@ -19,9 +19,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional as F
 
-import metrics
 import minisvd
-import scenes
+from tools.measure import metrics
+from tools.tiny import scenes
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

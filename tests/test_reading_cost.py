@@ -1,6 +1,6 @@
 """Proposition: the network is two files of at most 500 lines, whose `if`s the released model all takes, both ways.
 
-None of them stands in a block's forward, and the README states what `tools/reading_cost.py` measures.
+None of them stands in a block's forward, and the README states what `tools/cost/reading_cost.py` measures.
 """
 
 import ast
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import minisvd
-from reading_cost import If, ReadingCost, find_recipe, main, minisvd_unet, reading_cost
+from tools.cost.reading_cost import If, ReadingCost, find_recipe, main, minisvd_unet, reading_cost
+from tools.output import table_row
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(minisvd.__file__).parent  # as installed, which need not be the checkout
@@ -87,7 +88,7 @@ def test_every_if_is_taken_both_ways(cost):
 @measures
 def test_readme_states_the_measured_row(cost):
     (stated,) = re.findall(r"^\| minisvd \(SVD\).*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert stated == cost.row("minisvd (SVD)")
+    assert stated == table_row(cost.row("minisvd (SVD)"))
 
 
 @measures
@@ -105,7 +106,7 @@ def test_a_toy_counts_as_read_by_eye(tmp_path, monkeypatch, capsys):
         If(str(file), 18, taken=True, otherwise=False),
     )
     assert found == ReadingCost((str(file),), lines=29, lines_run=7, ifs=expected)
-    assert found.row("toy") == "| toy | 1 | 29 | 7 | 4 | 2 |"
+    assert found.row("toy") == ("toy", "1", "29", "7", "4", "2")
 
     with_torch = reading_cost(recipe, ("torch",))  # torch's own files count only when asked for
     assert set(found.files) < set(with_torch.files)

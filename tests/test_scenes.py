@@ -6,7 +6,7 @@ Controls: on a clip in another order, or of the backdrop alone, the same measure
 
 import numpy as np
 
-import scenes
+from tools.tiny import scenes
 
 
 def clips(count: int, seed: int) -> list[tuple[scenes.Scene, int, int, np.ndarray]]:

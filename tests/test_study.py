@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import study
-import study_report
-import train_tiny
 from minisvd.accounting import BUILDS, unet_cost
 from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, sample_euler
 from minisvd.unet import SpatioTemporalUNet
-from study import BASELINE, Arm, Batch, Bench, Plan, Walks
+from tools.output import plotting
+from tools.study import report as study_report
+from tools.study import run as study
+from tools.study.run import BASELINE, Arm, Batch, Bench, Plan, Walks
+from tools.tiny import train as train_tiny
 
 PLAN = Plan(steps=4, cuts=(1, 3, 5), switch=3)
 
@@ -176,7 +177,7 @@ def found() -> dict:
                 row |= {m.key: 0.5 for m in study_report.PAIRED}
                 row["heading_error"] = None if scene % 4 == 0 else scene + (arm == Arm(True))
                 rows.append(row | {"scene": scene, "arm": arm.name})
-    heading = {"command": "python tools/study.py", "scenes": 40, "plan": asdict(Plan()), "weights": "0", "cores": 2}
+    heading = {"command": "python -m tools.study.run", "scenes": 40, "plan": asdict(Plan()), "weights": "0", "cores": 2}
     heading |= {"versions": dict.fromkeys(("minisvd", "torch", "python"), "1"), "guidance": (1.0, 2.0)}
     return heading | {"noise_aug": 0.02, "timing_rounds": 1, "arms": study_report.summarise(entries, rows)}
 
@@ -191,7 +192,7 @@ def test_the_report_calls_different_what_is_and_nothing_else(found, tmp_path):
     (tmp_path / "reading.md").write_text("## Reading\n\nBy hand.\n")
     study_report.write_markdown(found, tmp_path)
     text = (tmp_path / "study.md").read_text()
-    assert "Made by `python tools/study.py`." in text.split("\n\n")[1]
+    assert "Made by `python -m tools.study.run`." in text.split("\n\n")[1]
     assert "- `vcut=True`. Different beyond the interval: heading error +1.00 ° [+1.00, +1.00]. Not: right," in text
     assert '- `vcut="lossless"`. Different beyond the interval: nothing.' in text
     assert "- mean. Different beyond the interval: nothing." in text
@@ -226,9 +227,9 @@ def test_errors_are_one_sentence_with_the_remedy(bench, tmp_path, monkeypatch, c
         study.check_work(tmp_path, replace(bench.plan, seed=1), "weights")
     with pytest.raises(ValueError, match="was begun with weights weights, not others"):
         study.check_work(tmp_path, bench.plan, "others")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"the plots need matplotlib: pip install 'minisvd\[study\]'"):
-        study_report.pyplot()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'minisvd\[study\]'"):
+        plotting()
 
 
 def test_the_arms_are_timed_in_turn(bench):

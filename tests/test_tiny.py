@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import minisvd
-import scenes
-from metrics import against_truth
 from minisvd import Video
+from tools.measure.metrics import against_truth
+from tools.tiny import scenes
 
 FOLDER = Path(__file__).parent.parent / "weights" / "tiny"
 SLOW, FAST = 90, 230

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import train_tiny
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
 from minisvd.vae import AutoencoderKLTemporalDecoder
-from train_tiny import Muon, Run, Stage, decode_frames, fit, muon_and_adamw, orthogonalised
+from tools.tiny.fit import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised
+from tools.tiny.train import decode_frames, mean_psnr
 
 STAGE = Stage("unet", steps=6, batch=2, lr=1e-3, report=100)
 CONFIG = UNetConfig(
@@ -33,8 +33,7 @@ class Stopped(Exception):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(train_tiny, "STAGES", (STAGE,))
-    monkeypatch.setattr(train_tiny, "SAVE_EVERY", 0)
+    monkeypatch.setattr("tools.tiny.fit.SAVE_EVERY", 0)
 
 
 def train(work: Path, seed: int = 0, stop_at: int | None = None) -> dict[str, Tensor]:
@@ -50,7 +49,7 @@ def train(work: Path, seed: int = 0, stop_at: int | None = None) -> dict[str, Te
         out = unet(sample, torch.zeros(batch), torch.ones(batch, 1, 8), torch.ones(batch, 3))
         return (out - sample[:, :, :4] + torch.randn_like(out)).square().mean()
 
-    run = Run(work, torch.device("cpu"), seed)
+    run = Run(work, (STAGE,), torch.device("cpu"), seed)
     return fit(run, STAGE, lambda: SpatioTemporalUNet(CONFIG), loss, lambda _: "", muon_and_adamw).state_dict()
 
 
@@ -116,6 +115,16 @@ def test_muon_steps_are_as_large_as_stated():
     dead.grad = torch.zeros(16, 8)
     Muon([dead], lr=0.1).step()
     assert (dead == 0).all()
+
+
+def test_the_psnr_of_the_log_is_of_images_between_minus_one_and_one():
+    """The mean over images, which is not the PSNR of all of them at once; what is outside counts as the nearest."""
+    target = torch.zeros(2, 3, 3, 4, 4)
+    output = target + torch.tensor([0.1, 0.02]).view(2, 1, 1, 1, 1)
+    expected = np.mean([10 * np.log10(4 / 0.1**2), 10 * np.log10(4 / 0.02**2)])
+    assert mean_psnr(output, target) == pytest.approx(expected, abs=1e-4)
+    assert mean_psnr(output[:1], target[:1]) < expected - 5  # control
+    assert mean_psnr(torch.full_like(target, 7), target) == mean_psnr(torch.ones_like(target), target)
 
 
 def test_every_parameter_has_one_optimizer():

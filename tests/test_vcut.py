@@ -27,7 +27,7 @@ CONFIG = UNetConfig(
     block_out_channels=(32, 64), attention=(True, False), num_attention_heads=(2, 4), cross_attention_dim=48
 )
 DEAD = re.compile(r".*transformer_blocks\.0\.(norm2\.(weight|bias)|attn2\.to_[qk]\.weight)")
-TOOLS = Path(__file__).parent.parent / "tools"
+ROOT = Path(__file__).parent.parent
 
 
 def fold(released: SpatioTemporalUNet, vcut: minisvd.config.Vcut) -> SpatioTemporalUNet:
@@ -377,8 +377,8 @@ def test_the_tensors_that_a_fold_drops_are_exactly_the_dead_ones(tiny_folder):
 def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_path, vcut):
     build = {"lossless": "lossless", "on": True}[vcut]
     out = tmp_path / "converted"
-    command = [sys.executable, str(TOOLS / "convert.py"), str(tiny_folder), str(out), "--vcut", vcut]
-    done = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.folder.convert", str(tiny_folder), str(out), "--vcut", vcut]
+    done = subprocess.run([*command, "--dtype", "float32"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     assert json.loads((out / "unet/config.json").read_text())["vcut"] == build
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -391,6 +391,6 @@ def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_pa
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     with pytest.raises(ValueError, match=f"built with vcut={build!r}; it cannot become False"):
         minisvd.load(out, vcut=False)
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "exists" in again.stderr

@@ -1,8 +1,8 @@
 """How alike are the first and the last frame of a video, to an image encoder?
 
-    python tools/embedding_similarity.py clip.mp4 clips/*.gif frames/     by the tiny model's encoder and by pixels
-    python tools/embedding_similarity.py clip.mp4 --clip ViT-H-14:laion2b_s32b_b79k --dino vit_base_patch16_224.dino
-    python tools/embedding_similarity.py clip.mp4 --clip ViT-H-14:weights.safetensors --curve -o curves.png
+    python -m tools.measure.embedding_similarity clip.mp4 clips/*.gif frames/     by the tiny model and by pixels
+    python -m tools.measure.embedding_similarity clip.mp4 --clip ViT-H-14 --dino vit_base_patch16_224.dino
+    python -m tools.measure.embedding_similarity clip.mp4 --clip ViT-H-14:weights.safetensors --curve -o curves.png
 
 Prints one row for each video and the mean, one column for each encoder: the cosine of the last frame's embedding with
 the first's, the question of Figure 1 of "Faster Image2Video Generation" (arXiv 2407.19205). A high cosine alone does
@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from metrics import HUBS, Features, open_clip_features, pixel_features, timm_features, tiny_features
+from tools.measure.metrics import HUBS, Features, open_clip_features, pixel_features, timm_features, tiny_features
+from tools.output import plotting, table
 
 PICTURES = (".png", ".svg", ".pdf")  # what a plot can be written as
 
@@ -143,9 +144,8 @@ def markdown(rows: Sequence[Row]) -> str:
     """A line for each video, a column for each encoder, the mean last."""
     names = list(rows[0].curves)
     cells = [(row.video, row.similarity) for row in rows] + [("mean", mean(rows))]
-    lines = ["| video | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
-    lines += [f"| {video} | " + " | ".join(f"{cosines[name]:.4f}" for name in names) + " |" for video, cosines in cells]
-    return "\n".join(lines)
+    lines = [[video, *(f"{cosines[name]:.4f}" for name in names)] for video, cosines in cells]
+    return table(("video", *names), "l" + "r" * len(names), lines)
 
 
 def as_dict(rows: Sequence[Row], curves: bool) -> dict[str, Any]:
@@ -169,15 +169,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel("place in the video (0 first frame, 1 last)")
     panels[0].set_ylabel("cosine with the first frame")
     figure.savefig(path, dpi=150)
-
-
-def plotting() -> Any:
-    """matplotlib's Figure, which draws without a display. ValueError if matplotlib is not there."""
-    try:
-        from matplotlib.figure import Figure  # an extra, and slow to import: only who plots pays
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'minisvd[study]', or leave -o out") from error
-    return Figure
 
 
 def parse_plot(text: str) -> Path:
@@ -226,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"embedding_similarity: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

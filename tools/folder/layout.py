@@ -1,9 +1,5 @@
 """Write a model as a folder of the published layout: what `minisvd.load`, diffusers and transformers read."""
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,22 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisvd.clip import ImageEncoder
-from minisvd.config import GenerationConfig
+from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PREPROCESSOR_FILE, STEMS
 from minisvd.layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to the yielded temporary path; it takes the place of `path` only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from tools.output import atomic, write_json
 
 
 def write_folder(
@@ -41,24 +27,19 @@ def write_folder(
 ) -> None:
     """Weights in `dtype`, one file a part, and every config. A UNet built with vcut says so in its config.json, as
     `vcut`; only minisvd reads that one."""
-    for name, state in {
-        "unet/diffusion_pytorch_model.safetensors": unet.state_dict(),
-        "vae/diffusion_pytorch_model.safetensors": vae.state_dict(),
-        "image_encoder/model.safetensors": clip_state(clip),
-    }.items():
-        with atomic(out / name) as path:
+    for part, state in {"unet": unet.state_dict(), "vae": vae.state_dict(), "clip": clip_state(clip)}.items():
+        with atomic(out / f"{STEMS[part]}.safetensors") as path:
             save_file({k: v.cpu().to(dtype).contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
     for name, content in {
-        "unet/config.json": unet_config(unet, generation.num_frames),
-        "vae/config.json": vae_config(vae),
-        "image_encoder/config.json": clip_config(clip),
-        "feature_extractor/preprocessor_config.json": extractor_config(clip),
+        CONFIG_FILES["unet"]: unet_config(unet.config, generation.num_frames),
+        CONFIG_FILES["vae"]: vae_config(vae.config),
+        CONFIG_FILES["clip"]: clip_config(clip.config),
+        PREPROCESSOR_FILE: extractor_config(clip.config),
         "scheduler/scheduler_config.json": SCHEDULER,
         "model_index.json": INDEX,
-        "generation_config.json": asdict(generation),
+        GENERATION_FILE: asdict(generation),
     }.items():
-        with atomic(out / name) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(out / name, content, indent=2)
 
 
 def clip_state(clip: ImageEncoder) -> dict[str, Tensor]:
@@ -71,11 +52,12 @@ def clip_state(clip: ImageEncoder) -> dict[str, Tensor]:
     return state
 
 
-def unet_config(unet: SpatioTemporalUNet, num_frames: int) -> dict[str, Any]:
-    config = unet.config
+# The fields of each config.json, as the published folders spell them; `minisvd.folder` reads them back.
+
+
+def unet_config(config: UNetConfig, num_frames: int) -> dict[str, Any]:
     kinds = ["CrossAttn" if attention else "" for attention in config.attention]
-    stated = {
-        "_class_name": "UNetSpatioTemporalConditionModel",
+    stated = FIXED["unet"] | {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "down_block_types": [f"{kind}DownBlockSpatioTemporal" for kind in kinds],
@@ -85,43 +67,33 @@ def unet_config(unet: SpatioTemporalUNet, num_frames: int) -> dict[str, Any]:
         "projection_class_embeddings_input_dim": 3 * config.addition_time_embed_dim,
         "layers_per_block": config.layers_per_block,
         "cross_attention_dim": config.cross_attention_dim,
-        "transformer_layers_per_block": 1,
         "num_attention_heads": config.num_attention_heads,
         "num_frames": num_frames,
     }
-    return stated | ({} if unet.config.vcut is False else {"vcut": unet.config.vcut})
+    return stated | ({} if config.vcut is False else {"vcut": config.vcut})
 
 
-def vae_config(vae: AutoencoderKLTemporalDecoder) -> dict[str, Any]:
-    return {
-        "_class_name": "AutoencoderKLTemporalDecoder",
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * len(vae.config.block_out_channels),
-        "block_out_channels": vae.config.block_out_channels,
-        "layers_per_block": 2,
-        "latent_channels": vae.config.latent_channels,
-        "scaling_factor": vae.config.scaling_factor,
+def vae_config(config: VAEConfig) -> dict[str, Any]:
+    return FIXED["vae"] | {
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.block_out_channels),
+        "block_out_channels": config.block_out_channels,
+        "latent_channels": config.latent_channels,
+        "scaling_factor": config.scaling_factor,
         "force_upcast": True,
     }
 
 
-def clip_config(clip: ImageEncoder) -> dict[str, Any]:
-    fields = {name: value for name, value in asdict(clip.config).items() if name not in ("mean", "std")}
-    return fields | {
-        "architectures": ["CLIPVisionModelWithProjection"],
-        "model_type": "clip_vision_model",
-        "num_channels": 3,
-        "layer_norm_eps": 1e-5,
-    }
+def clip_config(config: ClipConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(config).items() if name not in ("mean", "std")}
+    return FIXED["clip"] | fields | {"architectures": ["CLIPVisionModelWithProjection"]}
 
 
-def extractor_config(clip: ImageEncoder) -> dict[str, Any]:
-    side = clip.config.image_size
+def extractor_config(config: ClipConfig) -> dict[str, Any]:
+    side = config.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "image_mean": clip.config.mean,
-        "image_std": clip.config.std,
+        "image_mean": config.mean,
+        "image_std": config.std,
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
     }

@@ -1,7 +1,7 @@
 """What reading a model costs: its files, their lines, the lines that run, its `if`s and the `if`s never taken.
 
-    python tools/reading_cost.py                                       minisvd's UNet and diffusers', as table rows
-    python tools/reading_cost.py model.py:recipe --package mypackage   any other: recipe() -> (build, inputs)
+    python -m tools.cost.reading_cost                                       minisvd's UNet and diffusers', as table rows
+    python -m tools.cost.reading_cost model.py:recipe --package mypackage   any other: recipe() -> (build, inputs)
 
 The model is built and run forward once under a line and instruction tracer, after one untraced round that does the
 late imports. `build()` and `model(*inputs)` are traced; what the recipe makes before, a configuration and example
@@ -35,11 +35,12 @@ from torch import nn
 
 from minisvd.config import UNetConfig
 from minisvd.unet import SpatioTemporalUNet
+from tools.output import table
 
 Recipe = tuple[Callable[[], nn.Module], tuple[Any, ...]]
 """(build, inputs): the model is build(), its forward is model(*inputs)."""
 
-HEADER = "| codebase | files | lines in them | lines that run | `if`s | `if`s never taken |\n|---|--:|--:|--:|--:|--:|"
+TITLES = ("codebase", "files", "lines in them", "lines that run", "`if`s", "`if`s never taken")
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class ReadingCost:
     def never_taken(self) -> tuple[If, ...]:
         return tuple(i for i in self.ifs if not i.taken)
 
-    def row(self, name: str) -> str:
-        """One row of a Markdown table under HEADER."""
+    def row(self, name: str) -> tuple[str, ...]:
+        """The cells of a table, under TITLES."""
         counts = (len(self.files), self.lines, self.lines_run, len(self.ifs), len(self.never_taken))
-        return f"| {name} | " + " | ".join(f"{n:,}" for n in counts) + " |"
+        return name, *(f"{n:,}" for n in counts)
 
 
 def reading_cost(recipe: Recipe, packages: tuple[str, ...] = ()) -> ReadingCost:
@@ -218,9 +219,8 @@ def main() -> None:
     if args.json:
         print(json.dumps({spec: asdict(cost) for spec, cost in costs.items()}))
         return
-    print(HEADER)
-    for spec, cost in costs.items():
-        print(cost.row(f"{spec} (SVD)" if spec in BUILT_IN else spec))
+    rows = [cost.row(f"{spec} (SVD)" if spec in BUILT_IN else spec) for spec, cost in costs.items()]
+    print(table(TITLES, "lrrrrr", rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Held-out figures of the tiny model: `python tools/evaluate_tiny.py` prints them as a table, with 95 % intervals.
+"""Held-out figures of the tiny model: `python -m tools.tiny.evaluate` prints them as a table, with 95 % intervals.
 
 Each scene is one that training never drew, with its own fps and motion bucket; what is right in every frame is known.
 Videos are made as any user makes them, by `svd(image, ...)` with the folder's own settings. The captions' text encoder
@@ -8,7 +8,6 @@ Axes: b batch, t frames, c channels, H W pixels.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minisvd
-import scenes
-from captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
-from metrics import TRAVEL, Measured, against_truth, bootstrap_interval, psnr, spearman, wilson_interval
 from minisvd import StableVideoDiffusion
+from tools import output
+from tools.measure.metrics import TRAVEL, Measured, against_truth, bootstrap_interval, psnr, spearman, wilson_interval
+from tools.tiny import scenes
+from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
 
 HELD_OUT_SEED = 1_000_003
 BATCH = 8
@@ -55,15 +55,15 @@ class Figure:
     def __str__(self) -> str:
         return f"{self.name} {self.shown(self.value)} {self.unit}".rstrip()
 
-    def row(self) -> str:
-        """As a row of a Markdown table."""
+    def row(self) -> tuple[str, ...]:
+        """The cells of a table, under TITLES."""
         value, low, high, bar = (self.shown(x) for x in (self.value, self.low, self.high, self.bar))
         unit = f" {self.unit}".rstrip()
         wanted = f"{'at least' if self.at_least else 'at most'} {bar.removesuffix('.0')}{unit}"
-        return f"| {self.name} | {value}{unit} | {low} to {high} | {wanted} | {'yes' if self.met else 'no'} |"
+        return self.name, f"{value}{unit}", f"{low} to {high}", wanted, "yes" if self.met else "no"
 
 
-HEADER = "| measure | figure | 95 % interval | wanted | met |\n|---|--:|--:|--:|---|"
+TITLES = ("measure", "figure", "95 % interval", "wanted", "met")
 
 
 def draw_clips(count: int, seed: int = HELD_OUT_SEED) -> list[Clip]:
@@ -96,8 +96,8 @@ def reconstructions(svd: StableVideoDiffusion, clips: list[Clip], progress: bool
     for *_, frames in tqdm(clips, "reconstructions", disable=not progress):
         truth = torch.from_numpy(scenes.to_unit(frames))
         latents = svd.vae.encode(truth)[None] * svd.vae.config.scaling_factor
-        output = svd.vae.decode(latents, svd.generation.decode_chunk)[0]
-        results.append(psnr(((output + 1) / 2).clamp(0, 1), (truth + 1) / 2))
+        decoded = svd.vae.decode(latents, svd.generation.decode_chunk)[0]
+        results.append(psnr(((decoded + 1) / 2).clamp(0, 1), (truth + 1) / 2))
     return results
 
 
@@ -166,7 +166,7 @@ def evaluate(folder: Path, count: int, progress: bool = True) -> tuple[list[Figu
 
 
 def table(figures: list[Figure]) -> str:
-    return "\n".join([HEADER, *(figure.row() for figure in figures)])
+    return output.table(TITLES, "lrrrl", [figure.row() for figure in figures])
 
 
 def main() -> None:
@@ -178,12 +178,12 @@ def main() -> None:
     if args.scenes < 2:
         parser.error(f"--scenes is {args.scenes}; need at least 2 for an interval")
     if not (args.model / TEXT_ENCODER).is_file():
-        parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools/train_tiny.py wrote")
+        parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools.tiny.train wrote")
     figures, measured = evaluate(args.model, args.scenes)
     print(f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}")
     if args.json is not None:
         report = {"figures": [asdict(figure) for figure in figures], "videos": [asdict(one) for one in measured]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        output.write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Write any model as a folder, in another dtype or build: `python tools/convert.py svd-xt svd-xt-vcut --vcut on`.
+"""Write any model as a folder, in another dtype or build.
+
+    python -m tools.folder.convert svd-xt svd-xt-vcut --vcut on
 
 The folder loads directly, with no fold left to do: a smaller file, read faster. Its unet/config.json has a field
 `vcut` where the build is not the released one; such a UNet only minisvd can read.
@@ -11,8 +13,8 @@ from pathlib import Path
 import torch
 
 import minisvd
-from folder_layout import write_folder
 from minisvd.cli import VCUT
+from tools.folder.layout import write_folder
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-import scenes
 from minisvd.clip import ImageEncoder
 from minisvd.config import ClipConfig
+from tools.tiny import scenes
 
 WORDS = sorted({word for name in (*scenes.HEADINGS, *scenes.COLOURS, *scenes.SHAPES) for word in name.split()})
 WORDS += ["a", "an", "moving", "over", *scenes.TONES, *scenes.BACKGROUNDS]

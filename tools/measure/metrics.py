@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 import minisvd
-import scenes
+from tools.tiny import scenes
 
 Features = Callable[[Tensor], Tensor]
 Flow = Callable[[Tensor], Tensor]

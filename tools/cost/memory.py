@@ -1,4 +1,4 @@
-"""Peak memory of one video at any size, counted without a GPU: `python tools/memory.py --model svd-xt`.
+"""Peak memory of one video at any size, counted without a GPU: `python -m tools.cost.memory --model svd-xt`.
 
 The released network runs on tensors that have shapes and no data, and every storage is counted from the operation
 that makes it until its last reference goes. Attention counts as a fused kernel's: its output and nothing else. What
@@ -26,6 +26,7 @@ from minisvd import (
     UNetConfig,
     VAEConfig,
 )
+from tools.output import table
 
 
 class LiveBytes(TorchDispatchMode):
@@ -96,14 +97,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--decode-chunk", type=int, nargs="+", default=[8, 1])
     args = parser.parse_args()
-    print("| model | dtype | decode chunk | weights | encode | one guided step | decode | largest sum |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    titles = ("model", "dtype", "decode chunk", "weights", "encode", "one guided step", "decode", "largest sum")
+    rows = []
     for chunk in args.decode_chunk:
         generation = replace(PRESETS[args.model].generation, decode_chunk=chunk)
         found = peaks(generation, getattr(torch, args.dtype))
         total = found["weights"] + max(value for name, value in found.items() if name != "weights")
-        cells = " | ".join(f"{value:.1f} GB" for value in (*found.values(), total))
-        print(f"| {args.model} | {args.dtype} | {chunk} | {cells} |")
+        rows.append((args.model, args.dtype, str(chunk), *(f"{value:.1f} GB" for value in (*found.values(), total))))
+    print(table(titles, "llrrrrrr", rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tables II and III of "Faster Image2Video Generation" (arXiv 2407.19205) beside the closed formulas of minisvd.
 
-    python tools/tables.py          two Markdown tables, then a sentence for each way in which they differ
-    python tools/tables.py --json   one JSON object
+    python -m tools.cost.tables          two Markdown tables, then a sentence for each way in which they differ
+    python -m tools.cost.tables --json   one JSON object
 
 MACs (T = 10^12) of the UNet at 1024x576, 25 steps for all three models, without the two matmuls of attention, q k^T
 and a v, which the paper's counter does not see. Of the paper only the figures in PARAMETERS, STEP and RUN were at hand:
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 from minisvd.accounting import BUILDS, PUBLISHED, Build, unet_cost
 from minisvd.config import PRESETS, UNetConfig
+from tools.output import table
 
 STEPS, SIZE, CUTS = 25, (128, 72), (None, 17, 20)  # SIZE is (w, h) in latent cells; None guides every step
 TCA_REMOVED = "TCA removed only"
@@ -93,11 +94,11 @@ def table_3() -> Iterator[Cell]:
 def markdown(cells: list[Cell]) -> str:
     """A line for each row of the table, a column for each quantity: ours (the paper's, difference)."""
     quantities = list(dict.fromkeys(cell.quantity for cell in cells))
-    lines = ["| model | build | " + " | ".join(quantities) + " |", "|---|---|" + "--:|" * len(quantities)]
+    rows = []
     for models, row in dict.fromkeys((cell.models, cell.row) for cell in cells):
         found = {cell.quantity: entry(cell) for cell in cells if (cell.models, cell.row) == (models, row)}
-        lines.append(f"| {models} | {row} | " + " | ".join(found[quantity] for quantity in quantities) + " |")
-    return "\n".join(lines)
+        rows.append((models, row, *(found[quantity] for quantity in quantities)))
+    return table(("model", "build", *quantities), "ll" + "r" * len(quantities), rows)
 
 
 def entry(cell: Cell) -> str:

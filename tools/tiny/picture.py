@@ -1,6 +1,6 @@
 """The README's picture: rows of frames that the shipped model makes from scenes that it has not seen.
 
-python tools/picture.py          writes weights/tiny/frames.png
+python -m tools.tiny.picture          writes weights/tiny/frames.png
 """
 
 import argparse
@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 
 import minisvd
-import scenes
-from folder_layout import atomic
+from tools.output import as_image, save_png
+from tools.tiny import scenes
 
 SEED = 7
 ROWS = ((230, 0), (230, 1), (130, 2), (60, 3))  # motion bucket, scene
@@ -33,11 +32,7 @@ def main() -> None:
     gap = torch.ones(len(ROWS), 1, 3, scenes.SIZE, scenes.SIZE // 4)
     left = torch.cat([(images[:, None] + 1) / 2, gap], dim=-1)
     rows = [rearrange(left, "r 1 c h w -> (r h) w c"), rearrange(frames, "r t c h w -> (r h) (t w) c")]
-    picture = Image.fromarray((torch.cat(rows, dim=1) * 255).round().byte().numpy())
-    with atomic(args.out) as path:
-        picture.resize((picture.width * args.zoom, picture.height * args.zoom), Image.Resampling.NEAREST).save(
-            path, "PNG"
-        )
+    save_png(as_image(torch.cat(rows, dim=1), args.zoom), args.out)
     print(args.out)
 
 

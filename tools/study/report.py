@@ -1,4 +1,4 @@
-"""What tools/study.py found, as numbers, tables, sentences and pictures.
+"""What tools/study/run.py found, as numbers, tables, sentences and pictures.
 
 A row is one video: its `scene`, its `arm` and its measures, None where there was nothing to measure. An entry is one
 arm of study.json. Intervals hold 95 %; a difference is that of an arm from the baseline, scene by scene.
@@ -14,9 +14,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import scenes
-from folder_layout import atomic
-from metrics import bootstrap_interval, paired_difference, wilson_interval
+from tools.measure.metrics import bootstrap_interval, paired_difference, wilson_interval
+from tools.output import as_image, atomic, plotting, save_png, table
+from tools.tiny import scenes
 
 Row = dict[str, Any]
 Entry = dict[str, Any]
@@ -154,7 +154,7 @@ def markdown(study: dict[str, Any], reading: str = "") -> str:
         blocks += [f"## {HEADINGS[family].format(switch=plan['switch'])}"]
         if family == "panels":
             blocks += ["![The frames of a few scenes in the four panels](study-panels.png)"]
-        blocks += [table(shown, TRUTH, "truth"), table(shown, (*PAIRED, *ALONE), "pairs")]
+        blocks += [measures_table(shown, TRUTH, "truth"), measures_table(shown, (*PAIRED, *ALONE), "pairs")]
         if family != "panels":
             blocks += [cost_table(shown)]
         blocks += ["\n".join(cut_sentences(entries) if entries[0]["cut_step"] else sentences(entries))]
@@ -186,7 +186,7 @@ bfloat16, alike in every arm, which bounds how near two videos can come in PSNR;
 *Right*: the shape is in every frame, its heading is within 30 degrees where it travels at least 4 pixels, its colour
 within 0.1 (RGB) and its form the true one. Heading and speed errors are medians, over the scenes that travel so far.
 *Largest latent difference* is the largest of any number in any scene's latents, whose standard deviation is about 1.
-Consistencies are VBench's formulas (tools/metrics.py), the subject's with the tiny model's image encoder, the
+Consistencies are VBench's formulas (tools/measure/metrics.py), the subject's with the tiny model's image encoder, the
 background's with the pixels themselves; motion is the mean length of the largest 5 % of a Lucas-Kanade flow.
 """.strip()
 
@@ -199,15 +199,12 @@ HEADINGS = {
 PLOT = "![Share of right videos, and PSNR to the baseline, against the work of the UNet](study.png)"
 
 
-def table(entries: list[Entry], measures: tuple[Measure, ...], corner: str) -> str:
+def measures_table(entries: list[Entry], measures: tuple[Measure, ...], corner: str) -> str:
     """A line for each arm; the second line of a cell, if there is one, is the difference from the baseline."""
-    titles = {"truth": "against the truth", "pairs": "against the baseline, and alone"}
-    lines = [
-        f"| {titles[corner]} | " + " | ".join(f"{m.title}{f', {m.unit}' if m.unit else ''}" for m in measures) + " |",
-        "|---|" + "--:|" * len(measures),
-    ]
-    lines += [f"| {entry_title(e)} | " + " | ".join(cell(e, m) for m in measures) + " |" for e in entries]
-    return "\n".join(lines)
+    corners = {"truth": "against the truth", "pairs": "against the baseline, and alone"}
+    titles = [corners[corner], *(f"{m.title}{f', {m.unit}' if m.unit else ''}" for m in measures)]
+    rows = [[entry_title(e), *(cell(e, m) for m in measures)] for e in entries]
+    return table(titles, "l" + "r" * len(measures), rows)
 
 
 def cell(entry: Entry, measure: Measure) -> str:
@@ -231,13 +228,12 @@ def number(measure: Measure, value: float, signed: bool = False) -> str:
 
 def cost_table(entries: list[Entry]) -> str:
     first = entries[0]["seconds"]
-    lines = ["| cost | MACs of the UNet | of the baseline's | seconds | of the baseline's |", "|---|--:|--:|--:|--:|"]
+    titles, rows = ("cost", "MACs of the UNet", "of the baseline's", "seconds", "of the baseline's"), []
     for entry in entries:
         seconds = entry["seconds"]
-        timed = "- | -" if seconds is None or first is None else f"{seconds:.2f} | {seconds / first:.3f}"
-        macs = f"{entry['macs'] / 1e9:.2f} G | {entry['relative_macs']:.3f}"
-        lines.append(f"| {entry_title(entry)} | {macs} | {timed} |")
-    return "\n".join(lines)
+        timed = ("-", "-") if seconds is None or first is None else (f"{seconds:.2f}", f"{seconds / first:.3f}")
+        rows.append((entry_title(entry), f"{entry['macs'] / 1e9:.2f} G", f"{entry['relative_macs']:.3f}", *timed))
+    return table(titles, "lrrrr", rows)
 
 
 def entry_title(entry: Entry) -> str:
@@ -313,22 +309,11 @@ FRONTIER = "#c4c4c4"
 MARKERS = {False: "s", "lossless": "D", True: "o"}
 
 
-def pyplot() -> Any:
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]  # of the extra `study`
-    except ImportError as error:
-        raise ImportError("the plots need matplotlib: pip install 'minisvd[study]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    return pyplot
-
-
 def plot(study: dict[str, Any], path: Path) -> None:
     """Quality against cost: the share of right videos, and PSNR to the baseline; the frontier is a line."""
-    plt = pyplot()
+    figure = plotting()(figsize=(11, 5), layout="constrained")
     arms = [entry for entry in study["arms"] if entry["embedding"] == "all"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    axes = figure.subplots(1, 2)
     panels = (("right", "right videos, %", 100), ("paired_psnr", "PSNR to the baseline, dB", 1))
     for axis, (key, title, scale) in zip(axes, panels, strict=True):
         shown = [entry for entry in arms if f"frontier_{key}" in entry]
@@ -350,10 +335,9 @@ def plot(study: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axis.set_axisbelow(True)
-    figure.legend(handles=legend(plt), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles=legend(), loc="outside lower center", ncols=4, frameon=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160)
-    plt.close(figure)
 
 
 def draw_arm(axis: Any, entry: Entry, key: str, scale: float) -> None:
@@ -378,16 +362,18 @@ def place(entry: Entry) -> float:
     return entry["relative_macs"] + {"mean": 0.0, "cond": 0.007, "uncond": 0.014}[entry["stage2"]]
 
 
-def legend(plt: Any) -> list[Any]:
+def legend() -> list[Any]:
+    from matplotlib.lines import Line2D  # pyright: ignore[reportMissingImports]  # of the extra `study`
+
     colours = {"mean": "one branch: mean", "cond": "conditional", "uncond": "unconditional", "none": "no cut"}
     builds: dict[Any, str] = {False: "vcut=False", "lossless": 'vcut="lossless"', True: "vcut=True"}
-    handles = [plt.Line2D([], [], color=COLOURS[key], linewidth=4, label=label) for key, label in colours.items()]
+    handles = [Line2D([], [], color=COLOURS[key], linewidth=4, label=label) for key, label in colours.items()]
     handles += [
-        plt.Line2D([], [], color="#333333", marker=MARKERS[build], linestyle="", label=label,
+        Line2D([], [], color="#333333", marker=MARKERS[build], linestyle="", label=label,
                    markerfacecolor="white" if build == "lossless" else None)
         for build, label in builds.items()
     ]  # fmt: skip
-    return [*handles, plt.Line2D([], [], color=FRONTIER, marker="o", markersize=14, label="frontier")]
+    return [*handles, Line2D([], [], color=FRONTIER, marker="o", markersize=14, label="frontier")]
 
 
 ZOOM, GAP, LABEL = 2, 12, 210  # pixels of the picture: a pixel's side, between scenes and rows, for the titles
@@ -406,7 +392,5 @@ def frames_picture(rows: dict[str, list[Tensor]], path: Path) -> None:
         draw.text((LABEL - 14, top + side / 2), title, "black", font, anchor="rm")
         for j, clip in enumerate(clips):
             strip = rearrange(clip[list(SHOWN)], "t c h w -> h (t w) c")
-            image = Image.fromarray((strip * 255).round().byte().numpy())
-            picture.paste(image.resize((wide - GAP, side), Image.Resampling.NEAREST), (LABEL + j * wide, top))
-    with atomic(path) as temporary:
-        picture.save(temporary, "PNG")
+            picture.paste(as_image(strip, ZOOM), (LABEL + j * wide, top))
+    save_png(picture, path)

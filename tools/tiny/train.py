@@ -1,4 +1,4 @@
-"""Train the tiny model from nothing: `python tools/train_tiny.py`. Stop it at will; the same command goes on.
+"""Train the tiny model from nothing: `python -m tools.tiny.train`. Stop it at will; the same command goes on.
 
 Four stages, each from the last one's result: the VAE on single frames, its temporal decoder on clips, the image
 encoder against captions, the UNet with the EDM v-loss on latents. The data are the endless clips of `scenes.py`.
@@ -8,49 +8,41 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 """
 
 import argparse
-import copy
-import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from open_clip.loss import ClipLoss
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import scenes
-from captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
-from evaluate_tiny import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
-from folder_layout import atomic, write_folder
-from metrics import against_truth
 from minisvd.attention import SpatioTemporalTransformer
 from minisvd.clip import ImageEncoder
 from minisvd.config import NUM_GROUPS, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.pipeline import StableVideoDiffusion
 from minisvd.sampler import preconditioning
-from minisvd.unet import ResnetBlock2D as UNetResnetBlock2D
-from minisvd.unet import SpatioTemporalUNet
-from minisvd.unet import TemporalResnetBlock as UNetTemporalResnetBlock
+from minisvd.unet import ResnetBlock2D, SpatioTemporalUNet, TemporalResnetBlock, Upsample
 from minisvd.vae import (
+    AsymmetricDownsample,
     AutoencoderKLTemporalDecoder,
-    Downsample,
-    ResnetBlock2D,
+    ResnetBlock,
+    ResnetBlockOverTime,
     SpatialAttention,
-    TemporalResnetBlock,
-    Upsample,
 )
+from tools.folder.layout import write_folder
+from tools.measure.metrics import against_truth, psnr
+from tools.output import as_image, atomic, save_png
+from tools.tiny import scenes
+from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
+from tools.tiny.evaluate import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
+from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
 
 VAE = VAEConfig(block_out_channels=(96, 64, 64, 96))  # three channels to a group of the last norms: see `linear_start`
 CLIP = ClipConfig(
@@ -74,28 +66,13 @@ GENERATION = GenerationConfig(
     num_frames=scenes.FRAMES, guidance=(1.5, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
 )
 
-EMA_DECAY = 0.999
 KL_WEIGHT = 1e-4  # of the KL divergence per latent number, against the loss per colour value
 LATENT_NOISE = 0.03  # on unit-variance latents, when the temporal decoder learns: sampled ones are not exact either
 SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
-SAVE_EVERY = 60  # seconds
 POOL = 6000  # clips whose latents the UNet learns from
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
-
-M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How long and how fast: `steps` of `batch` items, peak learning rate `lr`; a report every `report` steps."""
-
-    name: str
-    steps: int
-    batch: int
-    lr: float
-    report: int
 
 
 VAE_FRAMES = Stage("vae-frames", steps=1150, batch=8, lr=1.5e-3, report=230)
@@ -103,169 +80,6 @@ VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
 UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run works and on what: `work` holds checkpoints and the log; this is process `rank` of `processes`.
-
-    With `finish`, a stage that was begun counts as done where its checkpoint is.
-    """
-
-    work: Path
-    device: torch.device
-    seed: int
-    finish: bool = False
-    rank: int = 0
-    processes: int = 1
-
-    def log(self, line: str) -> None:
-        """Show a line above the progress bar and append it to the log; the first process only."""
-        if self.rank == 0:
-            tqdm.write(line)
-            with (self.work / "train.log").open("a") as file:
-                file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def unit(self, frames: np.ndarray) -> Tensor:
-        """uint8 frames to a tensor in [-1, 1] on the device."""
-        return torch.from_numpy(scenes.to_unit(frames)).to(self.device)
-
-    def average(self, parameters: list[Tensor]) -> None:
-        """Average the parameters' gradients over the processes."""
-        if self.processes > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            distributed.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient) / self.processes)
-
-
-def fit(
-    run: Run,
-    stage: Stage,
-    build: Callable[[], M],
-    loss: Callable[[M, np.random.Generator, int], Tensor],
-    report: Callable[[M], str],
-    optimize: Callable[[nn.Module, float], list[torch.optim.Optimizer]] | None = None,
-) -> M:
-    """Train what `build` returns for the stage's steps and return its moving average; goes on where a checkpoint ends.
-
-    AdamW unless `optimize` makes another; gradient norm at most 1, learning rate linear up over 100 steps and a cosine
-    down to zero. `loss` draws its share of the batch from a generator that only seed, stage, step and process fix: a
-    stopped run goes on as it would.
-    """
-    checkpoint = run.work / f"{stage.name}.pt"
-    torch.manual_seed(run.seed)
-    model = build().to(run.device)
-    ema = copy.deepcopy(model)
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    averaged: list[Tensor] = [a for a, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    optimizers = (optimize or adamw)(model, stage.lr)
-    first, state = 0, {}
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=run.device)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        first = state["step"]
-    if run.processes > 1:
-        distributed.barrier()  # nobody writes a checkpoint before everybody has read it
-    if first >= stage.steps or (run.finish and first > 0):
-        return ema
-    if first > 0:
-        for optimizer, past in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(past)
-    run.log(f"{stage.name}: from step {first} of {stage.steps}, {sum(p.numel() for p in parameters):,} parameters")
-    saved, losses = time.monotonic(), []
-    bar = tqdm(range(first + 1, stage.steps + 1), stage.name, stage.steps, initial=first, disable=run.rank > 0)
-    for step in bar:
-        where = [run.seed, STAGES.index(stage), step, run.rank]
-        rng = np.random.default_rng(where)
-        torch.manual_seed(int(rng.integers(2**32)))
-        lr = stage.lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-        value = loss(model, rng, stage.batch // run.processes)
-        model.zero_grad()
-        value.backward()
-        run.average(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - min(EMA_DECAY, step / (step + 10)))
-        losses.append(value.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
-        done = step == stage.steps
-        if run.rank == 0 and (step % stage.report == 0 or done):
-            with torch.no_grad():
-                run.log(f"{stage.name}: step {step}, loss {np.mean(losses):.5f}, {report(ema)}")
-            losses = []
-        if run.rank == 0 and (time.monotonic() - saved > SAVE_EVERY or done):
-            with atomic(checkpoint) as path:
-                state = {"step": step, "model": model.state_dict(), "ema": ema.state_dict()}
-                torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
-            saved = time.monotonic()
-    return ema
-
-
-def adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
-
-
-class Muon(torch.optim.Optimizer):
-    """w -= lr * 0.4 sqrt(max(m, n)) * O, with O the nearest semi-orthogonal matrix to the Nesterov momentum [m, n].
-
-    A step so changes every direction of a matrix by as much, not only the few that dominate its gradient. Kernels
-    count as matrices [c_out, (c_in kernel)]. O has mean square 1/max(m, n), so a step's root mean square is 0.4 lr, an
-    AdamW step's size. O comes of five Newton-Schulz iterations in bfloat16, for all matrices of one shape at once.
-    Source: K. Jordan et al., "Muon", 2024; the scale is that of arXiv 2502.16982.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": 0.01})
-
-    @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.flatten(1).shape, []).append(p)
-            for (m, n), alike in shapes.items():
-                nesterov = []
-                for p in alike:
-                    assert p.grad is not None
-                    past = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    past.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov.append(p.grad.lerp(past, group["momentum"]).flatten(1))
-                updates = orthogonalised(torch.stack(nesterov)).to(alike[0].dtype)
-                for p, update in zip(alike, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update.view_as(p), alpha=group["lr"] * 0.4 * max(m, n) ** 0.5)
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T, [k, m, n], about: five iterations bring singular values near 1 (0.7 to 1.2)."""
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
-    for _ in range(5):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x if wide else x.mT
-
-
-def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and kernels inside a UNet or VAE; AdamW for the ends, embeddings, biases and norms."""
-    ends = ("conv_in", "conv_out", "quant_conv", "embedding", "time_pos_embed", "time_emb_proj")
-    inside, rest = [], []
-    for name, parameter in model.named_parameters():
-        inner = parameter.ndim > 1 and not any(end in name for end in ends)
-        (inside if inner else rest).append(parameter)
-    return [Muon(inside, lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 # The VAE: frames alone first, then the temporal decoder.
@@ -276,7 +90,7 @@ def new_vae() -> AutoencoderKLTemporalDecoder:
     vae = AutoencoderKLTemporalDecoder(VAE)
     linear_start(vae)
     for module in vae.modules():
-        if isinstance(module, TemporalResnetBlock):
+        if isinstance(module, ResnetBlockOverTime):
             zero(module.conv2)
     zero(vae.decoder.time_conv_out)
     nn.init.dirac_(vae.decoder.time_conv_out.weight)
@@ -305,7 +119,7 @@ def linear_start(vae: AutoencoderKLTemporalDecoder, level: float = 2.0) -> None:
         layer.bias.copy_(slots.repeat(NUM_GROUPS))  # pyright: ignore[reportOptionalMemberAccess]
 
     for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, ResnetBlock):
             zero(module.conv2)
             constants(module.conv1)
             if isinstance(module.conv_shortcut, nn.Conv2d):
@@ -315,7 +129,7 @@ def linear_start(vae: AutoencoderKLTemporalDecoder, level: float = 2.0) -> None:
                 constants(module.conv_shortcut)
         elif isinstance(module, SpatialAttention):
             zero(module.to_out)
-        elif isinstance(module, Downsample):
+        elif isinstance(module, AsymmetricDownsample):
             zero(module.conv)
             module.conv.weight[:, :, :2, :2] = torch.eye(module.conv.in_channels)[:, :, None, None] / 4
         elif isinstance(module, Upsample):
@@ -338,10 +152,10 @@ def linear_start(vae: AutoencoderKLTemporalDecoder, level: float = 2.0) -> None:
 def decode_frames(vae: AutoencoderKLTemporalDecoder, z: Tensor) -> Tensor:
     """The decoder's spatial path alone: unscaled latents [b,4,h,w] -> frames [b,3,H,W]."""
     decoder, mid = vae.decoder, vae.decoder.mid_block
-    first, second = (module for module in mid.modules() if isinstance(module, ResnetBlock2D))
+    first, second = (module for module in mid.modules() if isinstance(module, ResnetBlock))
     x = second(mid.attentions[0](first(decoder.conv_in(z))))
     for module in decoder.up_blocks.modules():
-        if isinstance(module, (ResnetBlock2D, Upsample)):
+        if isinstance(module, (ResnetBlock, Upsample)):
             x = module(x)
     return decoder.conv_out(F.silu(decoder.conv_norm_out(x)))
 
@@ -377,18 +191,16 @@ def reconstruction_loss(output: Tensor, target: Tensor, silhouette: Tensor) -> T
     return (weight * (error.abs() + error.square())).mean()
 
 
-def psnr(output: Tensor, target: Tensor) -> float:
-    """Mean over images of 10 log10(4 / mean squared error), images in [-1, 1], in dB."""
-    error = (output.float().clamp(-1, 1) - target).square().flatten(-3).mean(-1)
-    return (10 * torch.log10(4 / error)).mean().item()
+def mean_psnr(output: Tensor, target: Tensor) -> float:
+    """Mean over images [...,3,H,W] in [-1, 1] of their PSNR, in dB."""
+    pair = (rearrange((x.float().clamp(-1, 1) + 1) / 2, "... c h w -> (...) c h w") for x in (output, target))
+    return float(np.mean([psnr(a, b) for a, b in zip(*pair, strict=True)]))
 
 
 def save_sheet(path: Path, *rows: Tensor, zoom: int = 2) -> None:
     """A picture of rows of images [n,3,H,W] in [-1, 1], enlarged."""
     sheet = torch.cat([rearrange(row.float().cpu().clamp(-1, 1), "n c h w -> h (n w) c") for row in rows])
-    image = Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy())
-    with atomic(path) as temporary:
-        image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST).save(temporary, "PNG")
+    save_png(as_image((sheet + 1) / 2, zoom), path)
 
 
 def train_vae_frames(run: Run) -> AutoencoderKLTemporalDecoder:
@@ -411,7 +223,7 @@ def train_vae_frames(run: Run) -> AutoencoderKLTemporalDecoder:
         save_sheet(run.work / "vae-frames.png", held_out[:12], output[:12], held_out[12:24], output[12:24])
         noise = (0.5 * log_variance).exp().mean((0, 2, 3)) / mean.std((0, 2, 3))
         noises = ", ".join(f"{x:.3f}" for x in noise.tolist())
-        return f"held-out PSNR {psnr(output, held_out):.2f} dB, posterior noise over latent std {noises}"
+        return f"held-out PSNR {mean_psnr(output, held_out):.2f} dB, posterior noise over latent std {noises}"
 
     vae = fit(run, VAE_FRAMES, new_vae, loss, report, muon_and_adamw)
     normalise_latents(run, vae)
@@ -457,7 +269,8 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
     def report(vae: AutoencoderKLTemporalDecoder) -> str:
         clean, noisy = (decode(vae, held_out, noise) for noise in (0.0, LATENT_NOISE))
         save_sheet(run.work / "vae-video.png", held_out[0], clean[0], held_out[1], clean[1])
-        return f"held-out PSNR {psnr(clean, held_out):.2f} dB, from noisy latents {psnr(noisy, held_out):.2f} dB"
+        exact, rough = (f"{mean_psnr(output, held_out):.2f} dB" for output in (clean, noisy))
+        return f"held-out PSNR {exact}, from noisy latents {rough}"
 
     return fit(run, VAE_VIDEO, build, loss, report, muon_and_adamw)
 
@@ -501,7 +314,7 @@ def new_unet() -> SpatioTemporalUNet:
     unet = SpatioTemporalUNet(UNET)
     zero(unet.conv_out)
     for module in unet.modules():
-        if isinstance(module, (UNetResnetBlock2D, UNetTemporalResnetBlock)):
+        if isinstance(module, (ResnetBlock2D, TemporalResnetBlock)):
             zero(module.conv2)
         elif isinstance(module, SpatioTemporalTransformer):
             zero(module.proj_out)
@@ -598,7 +411,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         distributed.init_process_group(
             "gloo", init_method=rendezvous, rank=rank, world_size=args.processes, timeout=timedelta(hours=3)
         )
-    run = Run(args.work, torch.device(args.device), args.seed, args.finish, rank, args.processes)
+    run = Run(args.work, STAGES, torch.device(args.device), args.seed, args.finish, rank, args.processes)
     vae = train_vae_frames(run)
     vae = train_vae_video(run, vae)
     clip = train_clip(run)

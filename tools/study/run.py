@@ -1,7 +1,7 @@
 """What do the paper's cuts change, where the right answer is known? Its questions, asked of the tiny model.
 
-    python tools/study.py                            everything; stop it at will, the same command goes on
-    python tools/study.py --families builds cuts     some of it
+    python -m tools.study.run                           everything; stop it at will, the same command goes on
+    python -m tools.study.run --families builds cuts    some of it
 
 Each unseen scene has its own fps, motion bucket and noise, the same in every arm. The families of arms:
 
@@ -20,7 +20,6 @@ import argparse
 import copy
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -39,11 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
 import minisvd
-import scenes
-import study_report
-from folder_layout import atomic
 from minisvd.accounting import BUILDS, RunCost, run_cost
 from minisvd.config import Vcut
 from minisvd.sampler import (
@@ -56,6 +51,10 @@ from minisvd.sampler import (
     initial_latents,
     sample_euler,
 )
+from tools.measure import metrics
+from tools.output import plotting, write_json
+from tools.study import report as study_report
+from tools.tiny import scenes
 
 SEED = 240_719_205
 TAKEN = (0, 1_000_003)  # seeds of training, and of the scenes that it is measured on
@@ -147,7 +146,7 @@ class Bench:
         self.svd = minisvd.load(plan.model, vcut=False)
         if self.svd.generation.size != (scenes.SIZE, scenes.SIZE):
             w, h = self.svd.generation.size
-            raise ValueError(f"{plan.model} makes {w}x{h}; need {scenes.SIZE}x{scenes.SIZE}, as train_tiny.py's do")
+            raise ValueError(f"{plan.model} makes {w}x{h}; need {scenes.SIZE}x{scenes.SIZE}, as tools.tiny.train's do")
         self.unets: dict[Vcut, minisvd.SpatioTemporalUNet] = {
             False: self.svd.unet,
             "lossless": minisvd.load_unet(plan.model, vcut="lossless"),
@@ -282,20 +281,6 @@ def run_batch(bench: Bench, work: Path, families: list[str], numbers: range, adv
 
 def rows_file(work: Path, family: str, numbers: range) -> Path:
     return work / f"{family}-{numbers.start:04d}-{numbers.stop:04d}.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Strict JSON: what is not finite (nothing to measure, or equal pictures) is null."""
-
-    def strict(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strict(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [strict(one) for one in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
 
 
 # All batches, in processes that share nothing but a count of videos for the progress bar.
@@ -452,11 +437,11 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     try:
-        study_report.pyplot()  # before any long work
+        plotting()  # before any long work
         bench = Bench(replace(Plan(), model=args.model, seed=args.seed))
         check_work(args.work, bench.plan, bench.weights())
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"study.py: {error}") from error
+        raise SystemExit(f"study: {error}") from error
     batches = [range(i, min(i + BATCH, args.scenes)) for i in range(0, args.scenes, BATCH)]
     run_all(bench, args.work, args.families, batches, args.processes)
     files = [rows_file(args.work, family, numbers) for family in args.families for numbers in batches]
@@ -464,7 +449,7 @@ def main() -> None:
     timed = [arm for family in args.families if family != "panels" for arm in bench.plan.families()[family]]
     seconds = timings(bench, args.work, timed, args.timing_rounds) if args.timing_rounds else {}
     heading = {
-        "command": " ".join(["python tools/study.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m tools.study.run", *sys.argv[1:]]),
         "scenes": args.scenes,
         "plan": asdict(bench.plan),
         "weights": bench.weights(),

@@ -1,7 +1,7 @@
 """Is minisvd's UNet as fast as diffusers'? Both run in turn, in one process, on the same weights and inputs.
 
-    python tools/benchmark.py                                                        the ratio, on the CPU
-    python tools/benchmark.py --device cuda --dtype float16 --config full --frames 14 --size 1024x576
+    python -m tools.cost.benchmark                                                        the ratio, on the CPU
+    python -m tools.cost.benchmark --device cuda --dtype float16 --config full --frames 14 --size 1024x576
 
 First the outputs are compared (diffusers' residual eps is set to the original 1e-5); then, after a warm-up, A B B A
 A B B A ... are timed, a forward each. The ratio is median(minisvd) / median(diffusers): below 1, minisvd is faster.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from minisvd.config import UNetConfig
 from minisvd.unet import SpatioTemporalUNet
+from tools.measure.metrics import bootstrap_interval
 
 CONFIGS = {
     "tiny": UNetConfig(block_out_channels=(32, 64, 64, 64), num_attention_heads=(1, 2, 2, 2), cross_attention_dim=64),
@@ -109,11 +110,8 @@ def compare(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], repeats: i
         forwards = (ours, theirs) if i % 2 == 0 else (theirs, ours)
         times = [seconds(forward, device) for forward in forwards]
         pairs.append(times if i % 2 == 0 else times[::-1])
-    a, b = np.array(pairs).T
-    resampled = np.random.default_rng(0).integers(repeats, size=(2000, repeats))
-    ratios = np.median(a[resampled], axis=1) / np.median(b[resampled], axis=1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Timing(statistics.median(a), statistics.median(b), float(low), float(high))
+    low, high = bootstrap_interval(np.array(pairs), lambda rows: float(np.divide(*np.median(rows, axis=0))))
+    return Timing(*map(statistics.median, zip(*pairs, strict=True)), low, high)
 
 
 @torch.inference_mode()
