@@ -77,7 +77,7 @@ class VAEConfig:
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     latent_channels: int = 4
-    scaling_factor: float = 0.18215
+    scaling_factor: float = 0.18215  # makes the latents that are denoised of unit variance; the image's stays unscaled
 
     def __post_init__(self) -> None:
         check_widths(self.block_out_channels)
@@ -130,7 +130,7 @@ class GenerationConfig:
 
     num_frames: int = 14
     steps: int = 25
-    guidance: tuple[float, float] = (1.0, 2.5)
+    guidance: tuple[float, float] = (1.0, 2.5)  # as svd's authors sample; arXiv 2407.19205 has (1.0, 3.0) for all
     size: tuple[int, int] = (1024, 576)
     decode_chunk: int = 2
 
@@ -143,7 +143,7 @@ class Preset:
     generation: GenerationConfig
 
 
-XT = GenerationConfig(num_frames=25, steps=30, guidance=(1.5, 3.0))
+XT = GenerationConfig(num_frames=25, steps=30, guidance=(1.5, 3.0))  # as the authors sample svd-xt
 
 PRESETS = {
     "svd": Preset("stabilityai/stable-video-diffusion-img2vid", GenerationConfig()),

@@ -24,7 +24,7 @@ def edm_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: 
     """EDM's noise levels [n+1], falling from sigma_max to sigma_min, then 0 (Eq. 5).
 
     sigma_i = (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
-    From 700, above EDM's 80: a still image is so much signal in every frame that 80 would leave its mean visible.
+    700 is Stable Video Diffusion's, EDM has 80: arXiv 2311.15127 moves towards more noise for more pixels and frames.
     Raises ValueError for n < 1.
     """
     if n < 1:

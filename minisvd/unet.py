@@ -207,7 +207,7 @@ class SpatioTemporalUNet(nn.Module):
 
     def __init__(self, config: UNetConfig, vcut: Vcut | None = None) -> None:
         super().__init__()
-        self.config = config = config if vcut is None else replace(config, vcut=vcut)
+        self.config = config = (vcut is not None and replace(config, vcut=vcut)) or config
         widths = config.block_out_channels
         c_emb, c_ids = 4 * widths[0], 3 * config.addition_time_embed_dim
         self.time_embedding = TimestepEmbedding(widths[0], c_emb, c_emb)
