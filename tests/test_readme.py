@@ -41,7 +41,7 @@ def test_first_command_makes_a_video(checkout):
 
 
 def test_python_block_runs(checkout):
-    (block,) = blocks("python")
+    block, _quoted = blocks("python")
     done = run([sys.executable, "-c", block], checkout)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([8, 3, 64, 64]) 7.0" in done.stdout
@@ -53,3 +53,21 @@ def test_linked_files_exist():
     assert len(links) >= 8
     missing = [link for link in links if not (ROOT / link).exists()]
     assert missing == []
+
+
+def test_quoted_block_is_the_code():
+    _run, quoted = blocks("python")
+    source = (ROOT / "minisvd/attention.py").read_text(encoding="utf-8")
+    first, body = quoted.split("\n", 1)
+    assert first == "class BasicTransformerBlock(nn.Module):"
+    assert "def forward" in body
+    assert body in source[source.index(first) :]
+    assert body.replace("norm2", "norm3") not in source  # control
+
+
+def test_the_picture_of_the_u_is_what_the_command_draws(tmp_path):
+    drawn = tmp_path / "tree.svg"
+    done = run([sys.executable, "-m", "tools.cost.tree", "--out", str(drawn)], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert drawn.read_text() == (ROOT / "tools/results/tree.svg").read_text()
+    assert "1,524,623,082" in drawn.read_text()
