@@ -243,6 +243,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == (f"minisvd {minisvd.__version__}\n", "")
 
 
+@pytest.mark.posix
 def test_a_real_ctrl_c_while_sampling_ends_with_130(tiny_folder: Path, photo: Path) -> None:
     """`python -m minisvd`, SIGINT in the middle of 100,000 steps: status 130, no traceback, nothing written."""
     argv = ["generate", photo.name, "-o", "clip.mp4", "--model", str(tiny_folder), *FAST, "--steps", "100000"]
