@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisvd.clip import ImageEncoder
-from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut
+from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PREPROCESSOR_FILE, STEMS
 from minisvd.layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
 from minisvd.unet import SpatioTemporalUNet
@@ -27,11 +27,12 @@ def write_folder(
 ) -> None:
     """Weights in `dtype`, one file a part, and every config. A UNet built with vcut says so in its config.json, as
     `vcut`; only minisvd reads that one."""
+    build = {} if unet.vcut is False else {"vcut": unet.vcut}
     for part, state in {"unet": unet.state_dict(), "vae": vae.state_dict(), "clip": clip_state(clip)}.items():
         with atomic(out / f"{STEMS[part]}.safetensors") as path:
             save_file({k: v.cpu().to(dtype).contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
     for name, content in {
-        CONFIG_FILES["unet"]: unet_config(unet.config, generation.num_frames, unet.vcut),
+        CONFIG_FILES["unet"]: unet_config(unet.config, generation.num_frames) | build,
         CONFIG_FILES["vae"]: vae_config(vae.config),
         CONFIG_FILES["clip"]: clip_config(clip.config),
         PREPROCESSOR_FILE: extractor_config(clip.config),
@@ -55,9 +56,9 @@ def clip_state(clip: ImageEncoder) -> dict[str, Tensor]:
 # The fields of each config.json, as the published folders spell them; `minisvd.folder` reads them back.
 
 
-def unet_config(config: UNetConfig, num_frames: int, vcut: Vcut = False) -> dict[str, Any]:
+def unet_config(config: UNetConfig, num_frames: int) -> dict[str, Any]:
     kinds = ["CrossAttn" if attention else "" for attention in config.attention]
-    stated = FIXED["unet"] | {
+    return FIXED["unet"] | {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "down_block_types": [f"{kind}DownBlockSpatioTemporal" for kind in kinds],
@@ -70,7 +71,6 @@ def unet_config(config: UNetConfig, num_frames: int, vcut: Vcut = False) -> dict
         "num_attention_heads": config.num_attention_heads,
         "num_frames": num_frames,
     }
-    return stated | ({} if vcut is False else {"vcut": vcut})
 
 
 def vae_config(config: VAEConfig) -> dict[str, Any]:
