@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOOLS = ROOT / "tools"
 
 
 def blocks(language: str) -> list[str]:
@@ -50,11 +51,15 @@ def test_python_block_runs(checkout):
     assert (checkout / "fast.gif").read_bytes()[:6] == b"GIF89a"
 
 
+READMES = {ROOT / folder / "README.md" for folder in ("", "tools", "weights", "weights/tiny")}
+
+
 def test_linked_files_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    texts = {readme.parent: readme.read_text(encoding="utf-8") for readme in READMES}
+    links = [(folder, link) for folder, text in texts.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
+    links = [folder / link for folder, link in links if not link.startswith("http")]
     assert len(links) >= 8
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert missing == []
+    assert [link for link in links if not link.exists()] == []
 
 
 def test_quoted_block_is_the_code():
@@ -73,3 +78,14 @@ def test_the_picture_of_the_u_is_what_the_command_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     assert drawn.read_text() == (ROOT / "tools/results/tree.svg").read_text()
     assert "1,524,623,082" in drawn.read_text()
+
+
+def test_every_command_is_a_program_and_every_program_is_on_the_map():
+    """The map is tools/README.md. `python tools/x.py` would be no command: the programs are run as modules."""
+    programs = {path for path in TOOLS.rglob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in programs}
+    named = {word for r in READMES for word in re.findall(r"python (?:-m )?(tools[./]\w[./\w]*)", r.read_text("utf-8"))}
+    assert named == modules
+    rows = re.findall(r"^\| `python -m ([.\w]+)", (TOOLS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(modules)
+    assert TOOLS / "output.py" not in programs  # control

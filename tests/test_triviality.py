@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conftest import randomised
 from minisvd import checkpoint, triviality
-from minisvd.attention import Attention, CachedCondLinear
+from minisvd.attention import Attention
 from minisvd.cli import main
 from minisvd.triviality import (
     affinity,
@@ -173,7 +173,7 @@ def test_a_map_that_is_not_affine_is_found_and_measured():
 
 def test_a_linear_map_is_no_attention():
     """It passes what it should, but no second key makes it fail: the control does not hold."""
-    linear = CachedCondLinear(C_CONTEXT, C)
+    linear = nn.Linear(C_CONTEXT, C)
     report = check(lambda _x, context: linear(context), *inputs(), linear)
     assert report.query.holds
     assert report.affinity.holds
