@@ -23,6 +23,7 @@ from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder, VideoResBlock
 from .video import Video
 
+FAMILIAR = 10.5  # decibels of `familiarity`: the small model's own scenes have 12.7 or more, photos 8.8 or less
 LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
 
 
@@ -198,6 +199,17 @@ class StableVideoDiffusion:
             if callback is not None:
                 callback(step.number, step.sigma, latents)
         return latents
+
+    @torch.inference_mode()
+    def familiarity(self, image: Tensor) -> float:
+        """10 log10(var(x) / mean (x - y)^2) in dB, with y = decode(encode(x)): how well the VAE says what x shows.
+
+        image [1,3,H,W] in [-1,1]. A picture of another kind than the training's comes back as a blur.
+        """
+        x = image.to(self.device)
+        y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
+        error, spread = (x - y.float()).square().mean(), (x - x.mean((2, 3), keepdim=True)).square().mean()
+        return (10 * torch.log10(spread.clamp(min=1e-6) / error)).item()
 
     @property
     def device(self) -> torch.device:

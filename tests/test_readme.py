@@ -38,7 +38,7 @@ def test_first_command_makes_a_video(checkout):
     done = run(shlex.split(generate), checkout)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "clip.mp4\n"
-    assert "denoising" in done.stderr
+    assert done.stderr == ""  # bars are for terminals, and the example is a picture that the model knows
     assert (checkout / "clip.mp4").read_bytes()[4:8] == b"ftyp"
     assert run(shlex.split(generate.replace("example", "missing")), checkout).returncode == 2  # control
 
