@@ -292,12 +292,15 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     except errors.GatedRepoError as error:
         raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{page} does not exist or is private: check the name, or run `hf auth login`") from error
+        raise ValueError(
+            f"{page} does not exist or is private: check the name, or run `hf auth login`; as a path, it is not here"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline"
+            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline; as a path, "
+            "it is not here either"
         ) from error
 
 
