@@ -126,8 +126,8 @@ class RunCost:
 
     full            PUBLISHED, every step guided
     by_sharing      saved by projecting each condition once for all frames and places that it serves
-    by_build        saved by the build: no cross-attention in any step, less its linears, once a video. For vcut=True
-                    all but those linears is the fold's: omitting TCA saves parameters and no more work in a step
+    by_build        saved by the build: the cross-attentions of every step, less what its linears cost once a video. A
+                    folded attention costs nothing in a step, so True saves hardly more work than "lossless"
     by_guidance     saved by running one branch instead of two from cut_step on
     """
 
@@ -218,7 +218,7 @@ def tree(blocks: Iterable[Block]) -> str:
             lines.append(f"{'│' * held:<{width + 1}} {indent}{stage}")
         held -= block.skip > 0
         corner, line, end = ("╭", "─", "─") if block.keeps else ("╰", "─", "▶") if block.skip else (" ", " ", " ")
-        margin = "│" * held + corner + line * (width - held - 1) + end
+        margin = ("│" * held + corner + line * (width - held - 1) + end)[: width + 1]
         held += block.keeps
         enters = f"{block.enters[0]}+{block.skip}" if block.skip else f"{block.enters[0]}"
         shape = f"{enters:>9} → {block.leaves[0]:<4} {grid(block):>{high}}"

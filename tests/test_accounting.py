@@ -287,6 +287,7 @@ def test_the_tree_adds_up_and_its_skips_meet(vcut):
     blocks = list(unet_blocks(RELEASED, 14, NATIVE, 2, BUILDS[vcut]))
     lines = tree(blocks).splitlines()
     assert max(map(len, lines)) <= 80
+    assert {len(line) for line in lines if re.search(r"\.\d\d$", line)} == {len(lines[0])}  # columns meet
     *lines, last = [line for line in lines[1:] if re.search(r"\.\d\d$", line)]  # the others name a stage of the U
     everything = cost(RELEASED, 14, NATIVE, 2, BUILDS[vcut])
     parameters, giga = ([line.split()[i].replace(",", "") for line in (*lines, last)] for i in (-2, -1))
