@@ -9,6 +9,7 @@ Everything that can be wrong with a name, a shape or a config is found before th
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -139,8 +140,7 @@ class Checkpoint:
             built, config = config.vcut, replace(config, vcut=vcut)
             if (built, vcut) not in FOLDS:
                 raise ValueError(f"{self.path} holds a UNet built with vcut={built!r}; it cannot become {vcut!r}")
-        with torch.device("meta"):
-            return MODULES[part](config)
+        return on_meta(MODULES[part], config)
 
     def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
         """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
@@ -176,6 +176,13 @@ class Checkpoint:
                 have = ", ".join(f"{source} {list(header[source].shape)}" for source in names)
                 raise ValueError(f"{where}: {have} cannot fill {name} {list(target.shape)} of the {part}")
         return plan
+
+
+def on_meta(kind: type[nn.Module], config: Any) -> Any:
+    """A module without data. torch warns of a linear map of nothing, which is what a folded constant key leaves."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+        return kind(config)
 
 
 def some(names: list[str]) -> str:

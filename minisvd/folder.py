@@ -100,14 +100,16 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
     if isinstance(heads := stated["num_attention_heads"], int):
         stated["num_attention_heads"] = [heads] * len(down)
     ids_width, vcut = stated.pop("projection_class_embeddings_input_dim"), stated.pop("vcut", False)
-    ours = {"attention": [kind == kinds[0] for kind in down], "vcut": False}
-    config = replace(as_config(UNetConfig, {**stated, **ours}, "unet"), vcut=vcut)
-    if ids_width != 3 * config.addition_time_embed_dim:
+    ours = {"attention": [kind == kinds[0] for kind in down], "vcut": False, "num_time_ids": UNetConfig.num_time_ids}
+    constant = stated.get("cross_attention_dim") == 0 and vcut is not False
+    config = as_config(UNetConfig, {**stated, **ours} | ({"cross_attention_dim": 1} if constant else {}), "unet")
+    dim = config.addition_time_embed_dim
+    if type(ids_width) is not int or ids_width < 1 or ids_width % dim:
         raise ValueError(
-            f"projection_class_embeddings_input_dim is {ids_width}; need {3 * config.addition_time_embed_dim}, "
-            "three times addition_time_embed_dim"
+            f"projection_class_embeddings_input_dim is {ids_width}; need a multiple of addition_time_embed_dim, {dim}"
         )
-    return config
+    c_context = 0 if constant else config.cross_attention_dim
+    return replace(config, vcut=vcut, num_time_ids=ids_width // dim, cross_attention_dim=c_context)
 
 
 def vae_config(stated: dict[str, Any]) -> VAEConfig:

@@ -64,7 +64,7 @@ def unet_config(config: UNetConfig, num_frames: int) -> dict[str, Any]:
         "up_block_types": [f"{kind}UpBlockSpatioTemporal" for kind in reversed(kinds)],
         "block_out_channels": config.block_out_channels,
         "addition_time_embed_dim": config.addition_time_embed_dim,
-        "projection_class_embeddings_input_dim": 3 * config.addition_time_embed_dim,
+        "projection_class_embeddings_input_dim": config.num_time_ids * config.addition_time_embed_dim,
         "layers_per_block": config.layers_per_block,
         "cross_attention_dim": config.cross_attention_dim,
         "num_attention_heads": config.num_attention_heads,
