@@ -136,8 +136,7 @@ class CachedCondLinear(nn.Linear):
 class OmittedCrossAttention(nn.Identity):
     """0: the image has no part here, which is an approximation (arXiv 2407.19205 omits all of TCA). No parameters."""
 
-    def condition(self, context: Tensor) -> Tensor:
-        return context
+    condition = Attention.condition
 
     def forward(self, _x: Tensor, _context: Tensor) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return 0
@@ -189,20 +188,17 @@ class SpatioTemporalTransformer(nn.Module):
     def __init__(self, c: int, num_heads: int, c_context: int, vcut: Vcut) -> None:
         super().__init__()
         in_space, in_time = CROSS[vcut]
-        self.norm = nn.GroupNorm(NUM_GROUPS, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, c)
+        self.norm, self.proj_in = nn.GroupNorm(NUM_GROUPS, c, eps=1e-6), nn.Linear(c, c)
         space = BasicTransformerBlock(c, num_heads, c_context, in_space)
         time = TemporalBasicTransformerBlock(c, num_heads, c_context, in_time)
         self.transformer_blocks, self.temporal_transformer_blocks = nn.ModuleList([space]), nn.ModuleList([time])
-        self.time_pos_embed = TimestepEmbedding(c, 4 * c, c)
-        self.time_mixer = AlphaBlender(0.5)
+        self.time_pos_embed, self.time_mixer = TimestepEmbedding(c, 4 * c, c), AlphaBlender(0.5)
         self.proj_out = nn.Linear(c, c)
 
     def condition(self, context: Tensor) -> tuple[Tensor, ...]:
         """The conditions of the two blocks, of the context [b, f, k, c']: once per video."""
         blocks: list[Any] = [*self.transformer_blocks, *self.temporal_transformer_blocks]
-        contexts = context, context[:, :1]
-        return tuple(block.attn2.condition(keys) for block, keys in zip(blocks, contexts, strict=True))
+        return tuple(block.attn2.condition(keys) for block, keys in zip(blocks, (context, context[:, :1]), strict=True))
 
     def forward(self, x: Tensor, conditions: tuple[Tensor, ...], b: int) -> Tensor:
         in_space, in_time = (condition.expand(b, -1, -1, -1).flatten(0, 1) for condition in conditions)

@@ -221,9 +221,11 @@ def resolve(
     elif revision is not None:
         raise ValueError(f"revision {revision!r} is for a hub id, but {path} is local: leave it out")
     if path.is_dir():
-        layout, names = FOLDER, choose(list_folder(path), parts, variant, str(path))
-        files = {part: path / name for part, name in names.items()}
-        configs |= {part: read_config(part, path) for part in parts if part not in configs}
+        inside = "unet/" if is_unet_folder(path) and list(parts) == ["unet"] else ""  # where its files would be
+        names = choose([inside + name for name in list_folder(path)], parts, variant, str(path))
+        layout, files = FOLDER, {part: path / name.removeprefix(inside) for part, name in names.items()}
+        stated = {part: CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
+        configs |= {part: read_config(part, path, name) for part, name in stated.items()}
         generation = read_generation(path, released)
     elif variant is not None:
         raise ValueError(f"variant {variant!r} chooses among a folder's files, but {path} is a file: leave it out")
@@ -234,6 +236,11 @@ def resolve(
     check_together(configs)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
+
+
+def is_unet_folder(path: Path) -> bool:
+    """Is this a `unet/` folder by itself?"""
+    return (path / "config.json").is_file() and not (path / CONFIG_FILES["unet"]).is_file()
 
 
 def locate(source: str | Path) -> Path | None:

@@ -71,9 +71,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return stated
 
 
-def read_config(part: str, folder: Path) -> Any:
-    """The config of a part of a folder. Raises ValueError naming the first field that these modules cannot have."""
-    path = folder / CONFIG_FILES[part]
+def read_config(part: str, folder: Path, name: str | None = None) -> Any:
+    """The config of a part of a folder, or its file `name`. Raises ValueError naming the first field that these modules
+    cannot have."""
+    path = folder / (name or CONFIG_FILES[part])
     stated = read_json(path)
     try:
         if part == "unet":

@@ -132,10 +132,10 @@ class MidBlock(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        c, heads = config.block_out_channels[-1], config.num_attention_heads[-1]
-        c_context, c_emb = config.cross_attention_dim, 4 * config.block_out_channels[0]
+        c, c_emb = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+        sizes = c, config.num_attention_heads[-1], config.cross_attention_dim
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatioTemporalTransformer(c, heads, c_context, config.vcut)])
+        self.attentions = nn.ModuleList([SpatioTemporalTransformer(*sizes, config.vcut)])
 
     def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, emb), conditions[0], emb.shape[0])
@@ -251,6 +251,12 @@ class SpatioTemporalUNet(nn.Module):
             x = block(x, skips, emb, condition)  # [50,1280,18,32], [50,1280,36,64], [50,640,72,128], [50,320,72,128]
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [50,4,72,128]
         return rearrange(x, "(b t) c h w -> b t c h w", b=emb.shape[0])  # [2,25,4,72,128]
+
+    def save(self, folder: Any, num_frames: int = 14) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors into a new folder, whole or not at all."""
+        from .save import save_unet  # in here, so that the model needs attention.py and config.py alone
+
+        save_unet(self, folder, num_frames)
 
     def forward(
         self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Conditions = ()

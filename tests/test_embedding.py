@@ -4,6 +4,7 @@ and all that torch offers works on it. Equal to diffusers where diffusers has th
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import minisvd
 from conftest import UNET, original_eps, randomised, relative_error
-from minisvd import SpatioTemporalUNet, UNetConfig, fold
+from minisvd import SpatioTemporalUNet, UNetConfig, fold, load_unet, widen_conv_in
 from minisvd.config import Vcut
 
 BUILDS: tuple[Vcut, ...] = (False, "lossless", True)
@@ -180,3 +182,133 @@ def test_a_level_per_frame_is_each_frames_own():
     frames = [unet(sample[:, [i]], levels[:, i], embeds, ids) for i in range(3)]
     assert relative_error(unet(sample, levels, embeds, ids), torch.cat(frames, dim=1)) <= 1e-5
     assert relative_error(unet(sample, levels.flip(1), embeds, ids), torch.cat(frames, dim=1)) > 1e-3  # control
+
+
+# --- what a UNet in memory becomes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vcut", ["lossless", True])
+@torch.no_grad()
+def test_fold_is_the_loaders_fold(tiny_folder, vcut):
+    ours, loaded = fold(load_unet(tiny_folder), vcut), load_unet(tiny_folder, vcut=vcut)
+    assert ours.config == loaded.config
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    again = fold(fold(load_unet(tiny_folder), "lossless"), vcut)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_fold_keeps_mode_and_what_trains_and_a_folded_unet_has_no_way_back():
+    released = small().train()
+    released.conv_in.requires_grad_(False)
+    folded = fold(released, "lossless")
+    assert folded.training
+    assert not folded.conv_in.weight.requires_grad
+    assert folded.conv_out.weight.requires_grad
+    with pytest.raises(ValueError, match="built with vcut='lossless'; it cannot become False"):
+        fold(folded, False)
+
+
+@pytest.mark.parametrize("vcut", ["lossless", True])
+@torch.no_grad()
+def test_a_constant_key_folds_into_biases(vcut, tmp_path):
+    released, (sample, c_noise, _, ids) = small(), inputs()
+    key, nothing = torch.randn(48), torch.empty(1, 1, 0)
+    expected = fold(released, vcut)(sample, c_noise, key.expand(1, 1, 48), ids)
+    constant = fold(released, vcut, key)
+    assert relative_error(constant(sample, c_noise, nothing, ids), expected) <= 1e-5
+    other = fold(released, vcut, torch.zeros(48))
+    assert relative_error(other(sample, c_noise, nothing, ids), expected) > 1e-3  # control
+    sites = {name: p.numel() for name, p in constant.named_parameters() if "attn2" in name}
+    assert {name.rsplit(".", 1)[1] for name, numel in sites.items() if numel} == {"bias"}
+    constant.save(tmp_path / "constant")
+    assert torch.equal(
+        load_unet(tmp_path / "constant")(sample, c_noise, nothing, ids), constant(sample, c_noise, nothing, ids)
+    )
+    with pytest.raises(ValueError, match=re.escape("key has shape [40] and vcut is")):
+        fold(released, vcut, torch.zeros(40))
+    with pytest.raises(ValueError, match=re.escape("image_embeds is [2, 1, 48]; need [b, 1, 0]")):
+        constant(*inputs())
+
+
+@pytest.mark.parametrize("vcut", BUILDS)
+@torch.no_grad()
+def test_a_saved_unet_loads_as_it_was(vcut, tmp_path):
+    unet = small(vcut, in_channels=9, num_time_ids=5)
+    unet.save(tmp_path / "unet")
+    assert sorted(path.name for path in (tmp_path / "unet").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    for folder in (tmp_path, tmp_path / "unet"):  # as a part, and by itself
+        loaded = load_unet(folder)
+        assert loaded.config == unet.config
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in unet.state_dict().items())
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        unet.save(tmp_path / "unet")
+
+
+@torch.no_grad()
+def test_diffusers_loads_a_saved_unet(tmp_path):
+    from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
+
+    unet = small()
+    unet.save(tmp_path / "unet", num_frames=3)
+    theirs, info = DiffusersUNet.from_pretrained(tmp_path / "unet", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    sample, c_noise, embeds, ids = inputs()
+    expected = original_eps(theirs)(sample, c_noise, embeds, ids, return_dict=False)[0]
+    assert relative_error(unet(sample, c_noise, embeds, ids), expected) <= 1e-5
+
+
+def test_a_saved_model_is_whole_or_absent(tiny_folder, tmp_path, monkeypatch):
+    """And loads in minisvd with every bit, and in diffusers."""
+    from diffusers import StableVideoDiffusionPipeline
+
+    svd = minisvd.load(tiny_folder)
+    svd.save(tmp_path / "new" / "whole")
+    again = minisvd.load(tmp_path / "new" / "whole")
+    assert again.generation == svd.generation
+    for part in ("unet", "vae", "clip"):
+        before, after = getattr(svd, part).state_dict(), getattr(again, part).state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    theirs = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "new" / "whole")
+    assert theirs.unet.config["num_frames"] == svd.generation.num_frames
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("minisvd.save.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        svd.save(tmp_path / "new" / "half")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("channels", [9, 16, 24])
+@torch.no_grad()
+def test_widened_input_leaves_the_output_as_it_was(channels, tmp_path):
+    unet, (sample, *given) = small(), inputs()
+    wide = widen_conv_in(unet, channels)
+    assert wide.config.in_channels == channels
+    more = torch.cat([sample, torch.randn(2, 3, channels - 8, 8, 8)], dim=2)
+    assert relative_error(wide(more, *given), unet(sample, *given)) <= 1e-6
+    wide.save(tmp_path / "wide")
+    assert torch.equal(load_unet(tmp_path / "wide")(more, *given), wide(more, *given))
+    nn.init.normal_(wide.conv_in.weight)
+    assert relative_error(wide(more, *given), unet(sample, *given)) > 1e-3  # control
+    with pytest.raises(ValueError, match="channels is 4, but conv_in has 8"):
+        widen_conv_in(unet, 4)
+
+
+@torch.no_grad()
+def test_any_number_of_numbers(tmp_path):
+    """Five of them, as SV3D's folders state them: by the width of what they are embedded into."""
+    unet, (sample, c_noise, embeds, _) = small(num_time_ids=5), inputs()
+    ids = torch.rand(2, 5)
+    assert unet(sample, c_noise, embeds, ids).shape == (2, 3, 4, 8, 8)
+    unet.save(tmp_path / "unet")
+    stated = json.loads((tmp_path / "unet/config.json").read_text())
+    assert stated["projection_class_embeddings_input_dim"] == 5 * 16
+    (tmp_path / "unet/config.json").write_text(json.dumps(stated | {"projection_class_embeddings_input_dim": 81}))
+    with pytest.raises(ValueError, match="need a multiple of addition_time_embed_dim, 16"):
+        load_unet(tmp_path)
