@@ -156,9 +156,9 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c)])
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
-        for resnet, attention, condition in zip(self.resnets, self.attentions, conditions, strict=True):
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = attention(resnet(x, emb), condition, emb.shape[0])
+        layers = zip(skips[::-1], self.resnets, self.attentions, conditions, strict=True)
+        for skip, resnet, attention, condition in layers:
+            x = attention(resnet(torch.cat([x, skip], dim=1), emb), condition, emb.shape[0])
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x
@@ -246,9 +246,9 @@ class SpatioTemporalUNet(nn.Module):
 
     def up(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: Conditions) -> Tensor:
         """F, of the middle's x and the skips, last in first out."""
-        skips = [*skips]
         for block, condition in zip(self.up_blocks, conditions[len(self.down_blocks) + 1 :], strict=True):
-            x = block(x, skips, emb, condition)  # [50,1280,18,32], [50,1280,36,64], [50,640,72,128], [50,320,72,128]
+            own, skips = skips[-len(condition) :], skips[: -len(condition)]
+            x = block(x, own, emb, condition)  # [50,1280,18,32], [50,1280,36,64], [50,640,72,128], [50,320,72,128]
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [50,4,72,128]
         return rearrange(x, "(b t) c h w -> b t c h w", b=emb.shape[0])  # [2,25,4,72,128]
 
