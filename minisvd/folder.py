@@ -177,6 +177,8 @@ def check_together(configs: Mapping[str, Any]) -> None:
     if unet and vae:
         pairs += [("in_channels", unet.in_channels, "twice the VAE's latent_channels", 2 * vae.latent_channels)]
         pairs += [("out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels)]
+        width, dim = "projection_class_embeddings_input_dim", unet.addition_time_embed_dim
+        pairs += [(width, unet.num_time_ids * dim, "three times addition_time_embed_dim", 3 * dim)]
     if unet and clip:
         pairs += [("cross_attention_dim", unet.cross_attention_dim, "CLIP's projection_dim", clip.projection_dim)]
     for name, value, other, needed in pairs:
