@@ -23,15 +23,21 @@ HOME = {  # the module of each public name; torch is imported by the first name 
     "UNetConfig": "config",
     "VAEConfig": "config",
     "Video": "video",
+    "checkpoint_activations": "adapt",
     "edm_sigmas": "sampler",
+    "fold": "adapt",
     "guided_denoiser": "sampler",
     "load": "pipeline",
     "load_unet": "checkpoint",
     "preconditioning": "sampler",
     "sample_euler": "sampler",
+    "widen_conv_in": "adapt",
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors
+    from .adapt import checkpoint_activations as checkpoint_activations
+    from .adapt import fold as fold
+    from .adapt import widen_conv_in as widen_conv_in
     from .checkpoint import load_unet as load_unet
     from .clip import ImageEncoder as ImageEncoder
     from .config import PRESETS as PRESETS

@@ -293,7 +293,7 @@ def unet_blocks(
         return Block(name, level, (c, *grid), (c, *grid), tuple(sites), keeps=keeps)
 
     yield timestep("time_embedding", widths[0])
-    yield timestep("add_embedding", 3 * config.addition_time_embed_dim)
+    yield timestep("add_embedding", config.num_time_ids * config.addition_time_embed_dim)
     yield convolved("conv_in", 0, config.in_channels, widths[0], to=0, keeps=True)
     x, skips, last = widths[0], [widths[0]], len(widths) - 1
     for level, c in enumerate(widths):

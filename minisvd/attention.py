@@ -11,12 +11,14 @@ k keys, r rows of queries that share one row of keys (t frames in space, s place
 What differs from the textbook transformer: norms come first, the feed-forward is gated (GEGLU), and every block's
 cross-attention (`attn2`: SCA within frames, TCA along time) has ONE key, the CLIP embedding of the image. A softmax
 over one key is 1, so it is a linear map of that key, whatever the query. `vcut` chooses what stands there: CROSS.
-The context of an attention is its keys; a condition is what an attn2 makes of the context once per video.
+The context of an attention is its keys; a condition is what an attn2 makes of the context once per video. Both have
+an axis f: 1, or t where each frame has keys of its own. In space each frame hears its own, in time all hear frame 0's.
 
 Source: arXiv 2311.15127, appendix D; arXiv 2304.08818, section 3.1 (temporal layers); names as published.
 """
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Attention(nn.Module):
         return context
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        n, b, r = self.num_heads, len(context), len(x) // len(context)
+        n, b, r = self.num_heads, context.shape[0], x.shape[0] // context.shape[0]
         q = rearrange(self.to_q(x), "(b r) s (n d) -> b n (r s) d", b=b, n=n)
         k = rearrange(self.to_k(context), "b k (n d) -> b n k d", n=n)
         v = rearrange(self.to_v(context), "b k (n d) -> b n k d", n=n)
@@ -85,7 +87,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm2, self.attn2 = norm(c), attention(c, num_heads, c_context)
         self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b t), s, c], condition [b, 1, ...]
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b t), s, c], condition [(b f), ...]
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), condition)
@@ -103,7 +105,7 @@ class TemporalBasicTransformerBlock(nn.Module):
         self.norm2, self.attn2 = norm(c), attention(c, num_heads, c_context)
         self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b s), t, c], condition [b, 1, ...]
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b s), t, c], condition [b, ...]
         x = x + self.ff_in(self.norm_in(x))
         h = self.norm1(x)
         x = x + self.attn1(h, h)
@@ -118,7 +120,7 @@ class CachedCondLinear(nn.Linear):
     """W c + b: all that a cross-attention to one key c computes, with W = to_out.weight to_v.weight, b = to_out.bias.
 
     softmax(q k^T / sqrt(d)) over one key is 1, so to_out(1 * to_v(c)) = W c + b for every query q (arXiv 2407.19205,
-    section III). Context [b, 1, c'] -> [b, 1, c]: the caller keeps the result, the module keeps none.
+    section III). Context [b, f, 1, c'] -> [b, f, 1, c]: the caller keeps the result, the module keeps none.
     """
 
     def __init__(self, c: int, _num_heads: int, c_context: int) -> None:
@@ -128,19 +130,15 @@ class CachedCondLinear(nn.Linear):
         return super().forward(context)
 
     def forward(self, x: Tensor, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return repeat(value, "b 1 c -> (b r) 1 c", r=len(x) // len(value))  # whatever x [(b r), s, c] is
+        return repeat(value, "b 1 c -> (b r) 1 c", r=x.shape[0] // value.shape[0])  # whatever x [(b r), s, c] is
 
 
-class OmittedCrossAttention(nn.Module):
+class OmittedCrossAttention(nn.Identity):
     """0: the image has no part here, which is an approximation (arXiv 2407.19205 omits all of TCA). No parameters."""
 
-    def __init__(self, *_sizes: int) -> None:
-        super().__init__()
+    condition = Attention.condition
 
-    def condition(self, context: Tensor) -> Tensor:
-        return context
-
-    def forward(self, _x: Tensor, _context: Tensor) -> int:
+    def forward(self, _x: Tensor, _context: Tensor) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return 0
 
 
@@ -152,6 +150,7 @@ CROSS: dict[Vcut, tuple[tuple[Any, Any], tuple[Any, Any]]] = {  # vcut: (SCA, TC
     "lossless": (LINEAR, LINEAR),  # the same function
     True: (LINEAR, OMITTED),  # arXiv 2407.19205
 }
+KEYS: dict[Vcut, str] = {False: "k", "lossless": "1", True: "1"}  # of the embedding: the fold holds for one alone
 
 
 def sinusoidal_embedding(x: Tensor, dim: int) -> Tensor:
@@ -161,15 +160,12 @@ def sinusoidal_embedding(x: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedding(nn.Sequential):
     """linear_2(silu(linear_1(sinusoid))): from a sinusoidal embedding [..., c_in] to [..., c_out]."""
 
     def __init__(self, c_in: int, c_hidden: int, c_out: int) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(c_in, c_hidden), nn.Linear(c_hidden, c_out)
-
-    def forward(self, sinusoid: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(sinusoid)))
+        linear_1, linear_2 = nn.Linear(c_in, c_hidden), nn.Linear(c_hidden, c_out)
+        super().__init__(OrderedDict(linear_1=linear_1, silu=nn.SiLU(), linear_2=linear_2))
 
 
 class AlphaBlender(nn.Module):
@@ -180,7 +176,7 @@ class AlphaBlender(nn.Module):
         self.mix_factor = nn.Parameter(torch.tensor([mix_factor]))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.lerp(y, x, self.mix_factor.sigmoid())
+        return torch.lerp(y, x.to(y.dtype), self.mix_factor.sigmoid().to(y.dtype))  # casts: autocast may mix dtypes
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -192,25 +188,23 @@ class SpatioTemporalTransformer(nn.Module):
     def __init__(self, c: int, num_heads: int, c_context: int, vcut: Vcut) -> None:
         super().__init__()
         in_space, in_time = CROSS[vcut]
-        self.norm = nn.GroupNorm(NUM_GROUPS, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, c)
+        self.norm, self.proj_in = nn.GroupNorm(NUM_GROUPS, c, eps=1e-6), nn.Linear(c, c)
         space = BasicTransformerBlock(c, num_heads, c_context, in_space)
         time = TemporalBasicTransformerBlock(c, num_heads, c_context, in_time)
         self.transformer_blocks, self.temporal_transformer_blocks = nn.ModuleList([space]), nn.ModuleList([time])
-        self.time_pos_embed = TimestepEmbedding(c, 4 * c, c)
-        self.time_mixer = AlphaBlender(0.5)
+        self.time_pos_embed, self.time_mixer = TimestepEmbedding(c, 4 * c, c), AlphaBlender(0.5)
         self.proj_out = nn.Linear(c, c)
 
     def condition(self, context: Tensor) -> tuple[Tensor, ...]:
-        """The conditions of the two blocks, of the context [b, 1, c']: once per video."""
+        """The conditions of the two blocks, of the context [b, f, k, c']: once per video."""
         blocks: list[Any] = [*self.transformer_blocks, *self.temporal_transformer_blocks]
-        return tuple(block.attn2.condition(context) for block in blocks)
+        return tuple(block.attn2.condition(keys) for block, keys in zip(blocks, (context, context[:, :1]), strict=True))
 
-    def forward(self, x: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
-        in_space, in_time = conditions
-        b, (bt, c, h, _) = len(in_time), x.shape
-        frame = torch.arange(bt // b, device=x.device)
-        position = self.time_pos_embed(sinusoidal_embedding(frame, c).to(x.dtype))  # [t, c]
+    def forward(self, x: Tensor, conditions: tuple[Tensor, ...], b: int) -> Tensor:
+        in_space, in_time = (condition.expand(b, -1, -1, -1).flatten(0, 1) for condition in conditions)
+        bt, c, h, _ = x.shape
+        frames = sinusoidal_embedding(torch.arange(bt // b, device=x.device), c)
+        position = self.time_pos_embed(frames.to(x.dtype))  # [t, c]
 
         tokens = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
         space = self.transformer_blocks[0](tokens, in_space)

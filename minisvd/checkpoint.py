@@ -9,6 +9,7 @@ Everything that can be wrong with a name, a shape or a config is found before th
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -139,8 +140,7 @@ class Checkpoint:
             built, config = config.vcut, replace(config, vcut=vcut)
             if (built, vcut) not in FOLDS:
                 raise ValueError(f"{self.path} holds a UNet built with vcut={built!r}; it cannot become {vcut!r}")
-        with torch.device("meta"):
-            return MODULES[part](config)
+        return on_meta(MODULES[part], config)
 
     def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
         """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
@@ -176,6 +176,13 @@ class Checkpoint:
                 have = ", ".join(f"{source} {list(header[source].shape)}" for source in names)
                 raise ValueError(f"{where}: {have} cannot fill {name} {list(target.shape)} of the {part}")
         return plan
+
+
+def on_meta(kind: type[nn.Module], config: Any) -> Any:
+    """A module without data. torch warns of a linear map of nothing, which is what a folded constant key leaves."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+        return kind(config)
 
 
 def some(names: list[str]) -> str:
@@ -214,9 +221,11 @@ def resolve(
     elif revision is not None:
         raise ValueError(f"revision {revision!r} is for a hub id, but {path} is local: leave it out")
     if path.is_dir():
-        layout, names = FOLDER, choose(list_folder(path), parts, variant, str(path))
-        files = {part: path / name for part, name in names.items()}
-        configs |= {part: read_config(part, path) for part in parts if part not in configs}
+        inside = "unet/" if is_unet_folder(path) and list(parts) == ["unet"] else ""  # where its files would be
+        names = choose([inside + name for name in list_folder(path)], parts, variant, str(path))
+        layout, files = FOLDER, {part: path / name.removeprefix(inside) for part, name in names.items()}
+        stated = {part: CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
+        configs |= {part: read_config(part, path, name) for part, name in stated.items()}
         generation = read_generation(path, released)
     elif variant is not None:
         raise ValueError(f"variant {variant!r} chooses among a folder's files, but {path} is a file: leave it out")
@@ -227,6 +236,11 @@ def resolve(
     check_together(configs)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
+
+
+def is_unet_folder(path: Path) -> bool:
+    """Is this a `unet/` folder by itself?"""
+    return (path / "config.json").is_file() and not (path / CONFIG_FILES["unet"]).is_file()
 
 
 def locate(source: str | Path) -> Path | None:

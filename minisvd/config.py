@@ -37,6 +37,9 @@ class UNetConfig:
     One entry per level of the U, outermost first: `block_out_channels`, `num_attention_heads` and `attention`
     (does that level have transformers; the released innermost level has none). `vcut` chooses what stands at the
     cross-attentions (attention.CROSS); the published files do not have the field, ours do unless it is False.
+    `num_time_ids` is how many numbers are embedded beside the noise level; the files state it as the width
+    projection_class_embeddings_input_dim = num_time_ids * addition_time_embed_dim. A `cross_attention_dim` of 0 is that
+    of a UNet folded for one constant embedding, at whose cross-attentions a bias alone is left.
     Raises ValueError for a field that no such UNet can have.
     Source: arXiv 2311.15127, appendix D; names as in the `unet/config.json` of the published folders.
     """
@@ -50,6 +53,7 @@ class UNetConfig:
     cross_attention_dim: int = 1024
     addition_time_embed_dim: int = 256
     vcut: Vcut = False
+    num_time_ids: int = 3
 
     def __post_init__(self) -> None:
         check_widths(self.block_out_channels)
@@ -61,9 +65,13 @@ class UNetConfig:
         for heads, width in zip(self.num_attention_heads, self.block_out_channels, strict=True):
             if heads < 1 or width % heads:
                 raise ValueError(f"num_attention_heads has {heads} at width {width}; need a divisor of the width")
-        for name in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"):
+        for name in ("in_channels", "out_channels", "layers_per_block", "num_time_ids"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; need at least 1")
+        if self.cross_attention_dim < (1 if self.vcut is False else 0):
+            raise ValueError(
+                f"cross_attention_dim is {self.cross_attention_dim}; need at least 1, or 0 in a folded UNet"
+            )
         if self.addition_time_embed_dim < 2 or self.addition_time_embed_dim % 2:
             raise ValueError(f"addition_time_embed_dim is {self.addition_time_embed_dim}; need an even number")
 

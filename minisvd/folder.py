@@ -71,9 +71,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return stated
 
 
-def read_config(part: str, folder: Path) -> Any:
-    """The config of a part of a folder. Raises ValueError naming the first field that these modules cannot have."""
-    path = folder / CONFIG_FILES[part]
+def read_config(part: str, folder: Path, name: str | None = None) -> Any:
+    """The config of a part of a folder, or its file `name`. Raises ValueError naming the first field that these modules
+    cannot have."""
+    path = folder / (name or CONFIG_FILES[part])
     stated = read_json(path)
     try:
         if part == "unet":
@@ -100,14 +101,16 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
     if isinstance(heads := stated["num_attention_heads"], int):
         stated["num_attention_heads"] = [heads] * len(down)
     ids_width, vcut = stated.pop("projection_class_embeddings_input_dim"), stated.pop("vcut", False)
-    ours = {"attention": [kind == kinds[0] for kind in down], "vcut": False}
-    config = replace(as_config(UNetConfig, {**stated, **ours}, "unet"), vcut=vcut)
-    if ids_width != 3 * config.addition_time_embed_dim:
+    ours = {"attention": [kind == kinds[0] for kind in down], "vcut": False, "num_time_ids": UNetConfig.num_time_ids}
+    constant = stated.get("cross_attention_dim") == 0 and vcut is not False
+    config = as_config(UNetConfig, {**stated, **ours} | ({"cross_attention_dim": 1} if constant else {}), "unet")
+    dim = config.addition_time_embed_dim
+    if type(ids_width) is not int or ids_width < 1 or ids_width % dim:
         raise ValueError(
-            f"projection_class_embeddings_input_dim is {ids_width}; need {3 * config.addition_time_embed_dim}, "
-            "three times addition_time_embed_dim"
+            f"projection_class_embeddings_input_dim is {ids_width}; need a multiple of addition_time_embed_dim, {dim}"
         )
-    return config
+    c_context = 0 if constant else config.cross_attention_dim
+    return replace(config, vcut=vcut, num_time_ids=ids_width // dim, cross_attention_dim=c_context)
 
 
 def vae_config(stated: dict[str, Any]) -> VAEConfig:
@@ -197,6 +200,8 @@ def check_together(configs: Mapping[str, Any]) -> None:
     if unet and vae:
         pairs += [("in_channels", unet.in_channels, "twice the VAE's latent_channels", 2 * vae.latent_channels)]
         pairs += [("out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels)]
+        width, dim = "projection_class_embeddings_input_dim", unet.addition_time_embed_dim
+        pairs += [(width, unet.num_time_ids * dim, "three times addition_time_embed_dim", 3 * dim)]
     if unet and clip:
         pairs += [("cross_attention_dim", unet.cross_attention_dim, "CLIP's projection_dim", clip.projection_dim)]
     for name, value, other, needed in pairs:

@@ -23,6 +23,7 @@ from .clip import ImageEncoder
 from .config import Fit, GenerationConfig, Stage2, Vcut
 from .images import FITS, ImageLike, load_image
 from .sampler import GuidanceSchedule, edm_sigmas, euler_steps, guided_denoiser, initial_latents
+from .save import save_folder
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder, VideoResBlock
 from .video import Video
@@ -237,6 +238,13 @@ class StableVideoDiffusion:
             if callback is not None:
                 callback(step.number, step.sigma, latents)
         return latents
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a new folder of the published layout, whole or not at all, the weights in `dtype` or as they are.
+
+        `load` reads it in any build; diffusers if the UNet is built with vcut=False. Raises FileExistsError.
+        """
+        save_folder(folder, self.unet, self.vae, self.clip, self.generation, dtype)
 
     @property
     def ships(self) -> bool:

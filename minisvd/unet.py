@@ -11,22 +11,23 @@ denoised latents. What differs from Stable Diffusion's UNet: each residual block
 by one that works along time, blended by a learned sigmoid (here its weight is on the SPATIAL branch); and three
 numbers, fps - 1, motion bucket and noise augmentation, are embedded next to the noise level.
 
-Axes as in attention.py; (b t) is a batch of frames, video by video. A block finds b as the length of what it is
-conditioned on: `emb` [b, c_e], the embedded noise level and numbers, and the conditions of its transformers.
+Axes as in attention.py; (b t) is a batch of frames, video by video. A block finds b as the length of `emb` [b, f, c_e],
+the embedded noise level and numbers; f is 1, or t where they differ from frame to frame.
 
 Source: arXiv 2311.15127, appendix D; names as in the published `unet/` folders.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .attention import AlphaBlender, SpatioTemporalTransformer, TimestepEmbedding, sinusoidal_embedding
+from .attention import KEYS, AlphaBlender, SpatioTemporalTransformer, TimestepEmbedding, sinusoidal_embedding
 from .config import NUM_GROUPS, UNetConfig, Vcut
 
 Conditions = Sequence[list[tuple[Tensor, ...]]]  # of each block in turn: what its transformers take of the embedding
@@ -46,11 +47,9 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        t = len(x) // len(emb)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(emb).repeat_interleave(t, dim=0)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        h = h + repeat(self.time_emb_proj(emb), "b c -> (b r) c 1 1", r=x.shape[0] // emb.shape[0])
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class TemporalResnetBlock(nn.Module):
@@ -64,9 +63,8 @@ class TemporalResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(emb)[:, :, None, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return x + h
+        h = h + rearrange(self.time_emb_proj(emb), "b f c -> b c f 1 1")
+        return x + self.conv2(F.silu(self.norm2(h)))
 
 
 class SpatioTemporalResBlock(nn.Module):
@@ -79,42 +77,24 @@ class SpatioTemporalResBlock(nn.Module):
         self.time_mixer = AlphaBlender(0.5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        space = rearrange(self.spatial_res_block(x, emb), "(b t) c h w -> b c t h w", b=len(emb))
+        space = rearrange(self.spatial_res_block(x, emb.flatten(0, 1)), "(b t) c h w -> b c t h w", b=emb.shape[0])
         return rearrange(self.time_mixer(space, self.temporal_res_block(space, emb)), "b c t h w -> (b t) c h w")
 
 
-class Downsample(nn.Module):
-    """Half the grid, by a strided convolution."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Twice the grid: each cell repeated, then a convolution."""
 
     def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        super().__init__(OrderedDict(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
-class NoTransformer(nn.Module):
+class NoTransformer(nn.Identity):
     """x: stands where a level has no transformers."""
-
-    def __init__(self, *_sizes: Any) -> None:
-        super().__init__()
 
     def condition(self, _context: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def forward(self, x: Tensor, _conditions: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return x
 
 
@@ -138,12 +118,12 @@ class DownBlock(nn.Module):
         widths_in = [above] + [c] * (depth - 1)
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, 4 * widths[0]) for c_in in widths_in)
         self.attentions = transformers(config, level, depth)
-        self.downsamplers = nn.ModuleList([Downsample(c)])
+        self.downsamplers = nn.ModuleList([nn.Sequential(OrderedDict(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))])
 
     def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for resnet, attention, condition in zip(self.resnets, self.attentions, conditions, strict=True):
-            x = attention(resnet(x, emb), condition)
+            x = attention(resnet(x, emb), condition, emb.shape[0])
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -156,13 +136,13 @@ class MidBlock(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        c, heads = config.block_out_channels[-1], config.num_attention_heads[-1]
-        c_context, c_emb = config.cross_attention_dim, 4 * config.block_out_channels[0]
+        c, c_emb = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+        sizes = c, config.num_attention_heads[-1], config.cross_attention_dim
         self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatioTemporalTransformer(c, heads, c_context, config.vcut)])
+        self.attentions = nn.ModuleList([SpatioTemporalTransformer(*sizes, config.vcut)])
 
     def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, emb), conditions[0])
+        x = self.attentions[0](self.resnets[0](x, emb), conditions[0], emb.shape[0])
         return self.resnets[1](x, emb)
 
 
@@ -180,9 +160,9 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c)])
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
-        for resnet, attention, condition in zip(self.resnets, self.attentions, conditions, strict=True):
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = attention(resnet(x, emb), condition)
+        layers = zip(skips[::-1], self.resnets, self.attentions, conditions, strict=True)
+        for skip, resnet, attention, condition in layers:
+            x = attention(resnet(torch.cat([x, skip], dim=1), emb), condition, emb.shape[0])
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x
@@ -191,16 +171,16 @@ class UpBlock(nn.Module):
 class SpatioTemporalUNet(nn.Module):
     """F(c_in * x, c_noise; image, numbers): the network of Stable Video Diffusion.
 
-    sample          [b, t, 8, h, w]   4 noisy channels, scaled by c_in, then the image's latent, the same in every frame
-    c_noise         [b] or scalar     0.25 ln(sigma)
-    image_embeds    [b, 1, 1024]      CLIP embedding of the image
-    added_time_ids  [b, 3]            fps - 1, motion bucket, noise augmentation
+    sample          [b, t, 8, h, w]        4 noisy channels, scaled by c_in, then the image's latent in every frame
+    c_noise         scalar, [b] or [b, t]  0.25 ln(sigma)
+    image_embeds    [b, 1, 1024]           CLIP embedding of the image; [b, t, 1, 1024] if each frame has its own
+    added_time_ids  [b, 3] or [b, t, 3]    fps - 1, motion bucket, noise augmentation
     conditions      what `condition(image_embeds)` returned, so that many calls need it only once
     returns         [b, t, 4, h, w]
 
-    h and w are multiples of `config.stride`. Rows of a batch never mix. Everything runs in the weights' dtype but
-    the sinusoids, which are float32. `vcut`, if given, replaces the config's: see attention.CROSS. At full size False
-    has 1,524,623,082 parameters, "lossless" 1,449,452,522 and True 1,436,660,522.
+    The last four may have one row for all b; rows never mix. h and w are multiples of `config.stride`. Sinusoids are
+    float32, all else in the weights' dtype. `vcut`, if given, replaces the config's. `embed`, `down`, `middle` and `up`
+    are the call in parts. Raises ValueError, with all sizes, where they do not agree.
     """
 
     __call__: Callable[..., Tensor]
@@ -209,7 +189,7 @@ class SpatioTemporalUNet(nn.Module):
         super().__init__()
         self.config = config = (vcut is not None and replace(config, vcut=vcut)) or config
         widths = config.block_out_channels
-        c_emb, c_ids = 4 * widths[0], 3 * config.addition_time_embed_dim
+        c_emb, c_ids = 4 * widths[0], config.num_time_ids * config.addition_time_embed_dim
         self.time_embedding = TimestepEmbedding(widths[0], c_emb, c_emb)
         self.add_embedding = TimestepEmbedding(c_ids, c_emb, c_emb)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -223,33 +203,64 @@ class SpatioTemporalUNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def condition(self, image_embeds: Tensor) -> Conditions:
-        """All that the network will ever ask of the embedding [b, 1, c'], block by block: once per video.
-
-        The caller owns the result; the network keeps nothing, so that two videos in turn cannot meet.
-        """
+        """All that the network will ever ask of the embedding, block by block: once per video. The caller keeps it."""
+        k, c = KEYS[self.config.vcut], self.config.cross_attention_dim
+        try:
+            context = rearrange(image_embeds, f"b ... {k} c -> b (...) {k} c", c=c)
+        except RuntimeError as error:
+            need = f"[b, 1, {c}] or [b, t, 1, {c}]; more keys than one are for vcut=False: the fold holds for one alone"
+            raise ValueError(f"image_embeds is {list(image_embeds.shape)}; need {need}") from error
         blocks: list[Any] = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [[attention.condition(image_embeds) for attention in block.attentions] for block in blocks]
+        return [[attention.condition(context) for attention in block.attentions] for block in blocks]
 
-    def embed(self, c_noise: Tensor, added_time_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """emb [b, c_e]: the noise level's embedding plus the numbers', after the silu that every block would apply."""
-        level = sinusoidal_embedding(c_noise.expand(len(added_time_ids)), self.config.block_out_channels[0])
-        numbers = sinusoidal_embedding(added_time_ids, self.config.addition_time_embed_dim)
-        numbers = rearrange(numbers, "b i c -> b (i c)", i=3)
-        return F.silu(self.time_embedding(level.to(dtype)) + self.add_embedding(numbers.to(dtype)))
+    def embed(
+        self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Conditions = ()
+    ) -> tuple[Tensor, Tensor, Conditions]:  # in the comments, svd-xt's shapes with guidance: sample [2,25,8,72,128]
+        """x, the frames after conv_in; emb [b, f, c_e], after the silu that every block would apply; conditions."""
+        config, conditions = self.config, conditions or self.condition(image_embeds)
+        try:  # views that fail, not an `if`: compile, export, vmap and autocast run straight through
+            x = rearrange(sample, "b t c h w -> (b t) c h w", c=config.in_channels)  # [50,8,72,128]
+            level = rearrange(torch.atleast_1d(c_noise), "b ... -> b (...)")
+            numbers = rearrange(added_time_ids, "b ... i -> b (...) i", i=config.num_time_ids)
+            b, t = sample.shape[:2]
+            for each in (level, numbers, *conditions[len(self.down_blocks)][0]):
+                each.expand(b, t, *each.shape[2:])
+        except RuntimeError as error:
+            sizes = ", ".join(f"{list(x.shape)}" for x in (sample, c_noise, image_embeds, added_time_ids))
+            raise ValueError(f"sample, c_noise, image_embeds, added_time_ids do not agree: {sizes}") from error
+        level = sinusoidal_embedding(level.expand(b, -1), config.block_out_channels[0])
+        numbers = sinusoidal_embedding(numbers.expand(b, -1, -1), config.addition_time_embed_dim).flatten(2)
+        emb = F.silu(self.time_embedding(level.to(x.dtype)) + self.add_embedding(numbers.to(x.dtype)))  # [2,1,1280]
+        return self.conv_in(x), emb, conditions  # [50,320,72,128]
+
+    def down(self, x: Tensor, emb: Tensor, conditions: Conditions) -> tuple[Tensor, list[Tensor]]:
+        """The bottom's x and the skips, 12 in the released model: x itself and what each layer below it returns."""
+        skips = [x]
+        for block, condition in zip(self.down_blocks, conditions, strict=False):
+            x, more = block(x, emb, condition)  # [50,320,36,64], [50,640,18,32], [50,1280,9,16], [50,1280,9,16]
+            skips += more
+        return x, skips
+
+    def middle(self, x: Tensor, emb: Tensor, conditions: Conditions) -> Tensor:
+        return self.mid_block(x, emb, conditions[len(self.down_blocks)])  # [50,1280,9,16]
+
+    def up(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: Conditions) -> Tensor:
+        """F, of the middle's x and the skips, last in first out."""
+        for block, condition in zip(self.up_blocks, conditions[len(self.down_blocks) + 1 :], strict=True):
+            own, skips = skips[-len(condition) :], skips[: -len(condition)]
+            x = block(x, own, emb, condition)  # [50,1280,18,32], [50,1280,36,64], [50,640,72,128], [50,320,72,128]
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [50,4,72,128]
+        return rearrange(x, "(b t) c h w -> b t c h w", b=emb.shape[0])  # [2,25,4,72,128]
+
+    def save(self, folder: Any, num_frames: int = 14) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors into a new folder, whole or not at all."""
+        from .save import save_unet  # in here, so that the model needs attention.py and config.py alone
+
+        save_unet(self, folder, num_frames)
 
     def forward(
         self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Conditions = ()
-    ) -> Tensor:  # in the comments, svd-xt's shapes with guidance: sample [2,25,8,72,128]
-        condition = iter(conditions or self.condition(image_embeds))
-        emb = self.embed(c_noise, added_time_ids, sample.dtype)  # [2,1280]
-        x = rearrange(sample, "b t c h w -> (b t) c h w", c=self.config.in_channels)  # [50,8,72,128]
-        x = self.conv_in(x)  # [50,320,72,128]
-        skips = [x]
-        for block in self.down_blocks:  # to [50,320,36,64], [50,640,18,32], [50,1280,9,16], [50,1280,9,16]
-            x, more = block(x, emb, next(condition))
-            skips += more  # 12 in the end
-        x = self.mid_block(x, emb, next(condition))  # [50,1280,9,16]
-        for block in self.up_blocks:  # to [50,1280,18,32], [50,1280,36,64], [50,640,72,128], [50,320,72,128]
-            x = block(x, skips, emb, next(condition))
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # [50,4,72,128]
-        return rearrange(x, "(b t) c h w -> b t c h w", b=len(sample))  # [2,25,4,72,128]
+    ) -> Tensor:
+        x, emb, conditions = self.embed(sample, c_noise, image_embeds, added_time_ids, conditions)
+        x, skips = self.down(x, emb, conditions)
+        return self.up(self.middle(x, emb, conditions), skips, emb, conditions)

@@ -14,7 +14,7 @@ from minisvd.checkpoint import MODULES
 from minisvd.config import ClipConfig, UNetConfig, VAEConfig
 from minisvd.folder import CONFIG_FILES, STEMS
 from minisvd.layouts import DROPPED, FOLDER, SINGLE_FILE, rules, sources
-from tools.folder.layout import clip_config, unet_config, vae_config
+from minisvd.save import clip_config, unet_config, vae_config
 
 LAYOUTS = Path(__file__).parent / "layouts"
 

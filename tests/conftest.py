@@ -14,7 +14,7 @@ import torch
 
 from minisvd import AutoencoderKLTemporalDecoder, ImageEncoder, SpatioTemporalUNet
 from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
-from tools.folder.layout import write_folder
+from minisvd.save import save_folder
 
 if TYPE_CHECKING:
     from diffusers import StableVideoDiffusionPipeline
@@ -102,7 +102,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         randomised(ImageEncoder(ClipConfig(**CLIP))),
     )
     folder = tmp_path_factory.mktemp("tiny")
-    write_folder(folder, *parts, GenerationConfig(num_frames=3), torch.float32)
+    save_folder(folder, *parts, GenerationConfig(num_frames=3))
     (folder / "generation_config.json").unlink()  # as published: the settings are those of the release
     return folder
 

@@ -141,9 +141,9 @@ def test_every_module_is_as_the_formulas_say(config, b, t, size, vcut):
     assert once == {site.name: site.once for site in sites if site.once}
 
     names = {block.name for block in blocks}
-    frames = {2: b, 4: b * t}
+    rows = {2: (b, 1), 4: (b * t,)}  # of levels and numbers, of frames
     shapes = [
-        (block.name, (frames[n], block.enters[0] + block.skip, *block.enters[1:]), (frames[n], *block.leaves))
+        (block.name, (*rows[n], block.enters[0] + block.skip, *block.enters[1:]), (*rows[n], *block.leaves))
         for block in blocks
         if (n := 1 + len(block.enters))
     ]
@@ -180,7 +180,7 @@ def test_no_axis_can_stand_for_another():
 @pytest.mark.parametrize("vcut", VCUTS)
 def test_what_comes_once_is_what_condition_does(vcut):
     """`once` are the MACs of unet.condition, `macs` those of a call that is given its result."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         unet = SpatioTemporalUNet(SMALL, vcut)
         sample, c_noise, embeds, ids = inputs(SMALL, 2, 3, (8, 8))
         once = macs_of(unet.condition, embeds)

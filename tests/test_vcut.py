@@ -18,28 +18,15 @@ from torch import Tensor, nn
 import minisvd
 from checkpoint_files import small_modules, write_folder, write_single_file
 from conftest import relative_error
-from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
+from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, fold, guided_denoiser, sample_euler
 from minisvd.attention import Attention, CachedCondLinear
 from minisvd.checkpoint import resolve
-from minisvd.layouts import FOLD_GATHER, sources
 
 CONFIG = UNetConfig(
     block_out_channels=(32, 64), attention=(True, False), num_attention_heads=(2, 4), cross_attention_dim=48
 )
 DEAD = re.compile(r".*transformer_blocks\.0\.(norm2\.(weight|bias)|attn2\.to_[qk]\.weight)")
 ROOT = Path(__file__).parent.parent
-
-
-def fold(released: SpatioTemporalUNet, vcut: minisvd.config.Vcut) -> SpatioTemporalUNet:
-    """The same weights in another build, by the loader's own table."""
-    with torch.device("meta"):
-        unet = SpatioTemporalUNet(released.config, vcut)
-    given, state = released.state_dict(), {}
-    for name in unet.state_dict():
-        names, join = sources(name, FOLD_GATHER, [])
-        state[name] = join(*(given[source] for source in names)).to(next(released.parameters()).dtype)
-    unet.load_state_dict(state, assign=True)
-    return unet.eval()
 
 
 def released(config: UNetConfig = CONFIG) -> SpatioTemporalUNet:

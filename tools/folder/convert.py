@@ -14,7 +14,6 @@ import torch
 
 import minisvd
 from minisvd.cli import VCUT
-from tools.folder.layout import write_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         dtype = getattr(torch, args.dtype)
         where = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
         svd = minisvd.load(args.source, dtype=dtype, vcut=VCUT[args.vcut], **where)
-        write_folder(args.out, svd.unet, svd.vae, svd.clip, svd.generation, dtype)
+        svd.save(args.out, dtype)
     except (OSError, ValueError) as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 2

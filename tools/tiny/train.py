@@ -9,6 +9,8 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 
 import argparse
 import os
+import shutil
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +38,6 @@ from minisvd.vae import (
     ResnetBlockOverTime,
     SpatialAttention,
 )
-from tools.folder.layout import write_folder
 from tools.measure.metrics import against_truth, psnr
 from tools.output import as_image, atomic, save_png
 from tools.tiny import scenes
@@ -395,7 +396,11 @@ def quick_look(run: Run, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDec
 
 def export(out: Path, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDecoder, pair: CaptionedImages) -> str:
     """Write the folder, float16, the captions' encoder with it, and an unseen scene as its example."""
-    write_folder(out, unet, vae, pair.image, GENERATION, torch.float16)
+    with tempfile.TemporaryDirectory() as temporary:
+        StableVideoDiffusion(unet, vae, pair.image, GENERATION).save(folder := Path(temporary) / "model", torch.float16)
+        for file in filter(Path.is_file, folder.rglob("*")):
+            with atomic(out / file.relative_to(folder)) as path:
+                shutil.copyfile(file, path)
     with atomic(out / TEXT_ENCODER) as path:
         save_file({name: tensor.cpu().half().contiguous() for name, tensor in pair.text.state_dict().items()}, path)
     frames, _ = draw_captioned(np.random.default_rng(HELD_OUT_SEED), 1)
