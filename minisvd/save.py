@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .clip import ImageEncoder
 from .config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from .folder import CONFIG_FILES, FIXED, GENERATION_FILE, PREPROCESSOR_FILE, STEMS
 from .layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
+from .unet import SpatioTemporalUNet
+from .vae import AutoencoderKLTemporalDecoder
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         os.replace(part, folder)
 
 
-def save_unet(unet: nn.Module, folder: str | Path, num_frames: int, dtype: torch.dtype | None = None) -> None:
+def save_unet(unet: SpatioTemporalUNet, folder: str | Path, num_frames: int, dtype: torch.dtype | None = None) -> None:
     """config.json and the weights, as `dtype` or as they are: a `unet/` folder, which can also be loaded alone."""
     with new_folder(folder) as part:
         write_json(part / Path(CONFIG_FILES["unet"]).name, unet_config(original(unet).config, num_frames))
@@ -47,8 +49,8 @@ def save_unet(unet: nn.Module, folder: str | Path, num_frames: int, dtype: torch
 
 def save_folder(
     folder: str | Path,
-    unet: nn.Module,
-    vae: nn.Module,
+    unet: SpatioTemporalUNet,
+    vae: AutoencoderKLTemporalDecoder,
     clip: ImageEncoder,
     generation: GenerationConfig,
     dtype: torch.dtype | None = None,

@@ -9,7 +9,7 @@ import copy
 import inspect
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -266,7 +266,7 @@ def test_diffusers_loads_a_saved_unet(tmp_path):
 
     unet = small()
     unet.save(tmp_path / "unet", num_frames=3)
-    theirs, info = DiffusersUNet.from_pretrained(tmp_path / "unet", output_loading_info=True)
+    theirs, info = cast(Any, DiffusersUNet).from_pretrained(tmp_path / "unet", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     sample, c_noise, embeds, ids = inputs()
     expected = original_eps(theirs)(sample, c_noise, embeds, ids, return_dict=False)[0]
@@ -382,8 +382,9 @@ class LookAtFirstFrame(nn.Module):
 
 
 def look_at_first_frame(unet: SpatioTemporalUNet, frames: int) -> SpatioTemporalUNet:
-    for block in [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]:
-        block.attn1 = LookAtFirstFrame(block.attn1, frames)  # pyright: ignore[reportArgumentType]
+    blocks: list[Any] = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    for block in blocks:
+        block.attn1 = LookAtFirstFrame(block.attn1, frames)
     return unet
 
 
@@ -395,7 +396,8 @@ def test_residuals_reach_the_skips_and_the_middle(tiny_folder):
     assert torch.equal(control(*given), plain)
     control(*given).square().sum().backward()
     assert len(control.zeros) == 4 + 1
-    for zero in control.zeros:
+    zeros: list[Any] = [*control.zeros]
+    for zero in zeros:
         assert zero.weight.grad.abs().max() > 0
         nn.init.normal_(zero.weight)
         assert relative_error(control(*given), plain) > 1e-3
@@ -417,7 +419,7 @@ def test_a_tensor_after_conv_in():
     posed.pose = torch.randn(6, 32, 4, 4)
     assert relative_error(posed(*given), unet(*given)) > 1e-3
     posed.pose = 0.5
-    unet.conv_in.bias += 0.5
+    unet.conv_in.get_parameter("bias").add_(0.5)
     assert relative_error(posed(*given), unet(*given)) <= 1e-5
 
 
@@ -439,7 +441,7 @@ def test_a_replaced_self_attention(vcut):
 def test_the_examples_are_short_and_have_no_branch():
     for example in (Control, PoseUNet, LookAtFirstFrame, look_at_first_frame):
         text = inspect.getsource(example)
-        assert len(text.splitlines()) <= 26
+        assert len(text.splitlines()) <= 25
         assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.If | ast.IfExp)]
 
 
@@ -462,6 +464,7 @@ def test_autocast(vcut):
     assert len(gradients) == len(list(unet.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["torch.compile(unet)", "unet.compile()", "hook"])
 def test_compile_and_hooks_take_effect_through_the_pipeline(tiny_folder, way):
     """One graph serves every step and image; guidance cut, or another size, is at most one more for each."""
@@ -491,6 +494,8 @@ def test_compile_and_hooks_take_effect_through_the_pipeline(tiny_folder, way):
     assert len(seen) == 1
     video(svd, 0.5)
     assert len(seen) == 1
+    if way == "unet.compile()":  # the same from here on
+        return
     video(svd, cut_step=2)
     video(svd, side=128)
     print(f"{len(seen)} graphs")
@@ -516,12 +521,12 @@ def test_function_transforms(vcut):
     """vmap over videos, the gradient by the parameters as a function, vjp and jvp (which needs the plain attention)."""
     unet, given = tiny(vcut), inputs(h=4, w=4)
     sample, c_noise, embeds, ids = given
-    each = torch.func.vmap(lambda *one: unet(*(x[None] for x in one))[0])(*given)
+    each = torch.func.vmap(lambda *one: unet(*(cast(Any, x)[None] for x in one))[0])(*given)
     assert relative_error(each, unet(*given)) <= 1e-5
 
     parameters = {name: p.detach() for name, p in unet.named_parameters()}
     loss = torch.func.grad(lambda p: torch.func.functional_call(unet, p, given).square().mean())
-    found = loss(parameters)
+    found: Any = loss(parameters)
     unet(*given).square().mean().backward()
     assert max((found[n] - p.grad).abs().max() for n, p in unet.named_parameters()) <= 1e-6  # pyright: ignore
 
@@ -530,8 +535,8 @@ def test_function_transforms(vcut):
 
     along = torch.randn_like(sample)
     with sdpa_kernel(SDPBackend.MATH):
-        _, forwards = torch.func.jvp(f, (sample,), (along,))
-        out, backwards = torch.func.vjp(f, sample)
+        forwards = torch.func.jvp(f, (sample,), (along,))[1]
+        out, backwards = torch.func.vjp(f, sample)[:2]
         (back,) = backwards(out)
     assert abs((forwards * out).sum() / (along * back).sum() - 1) <= 1e-3
 
@@ -583,7 +588,8 @@ def parallel(rank: int, where: str, vcut: Vcut) -> None:
     sharded(*mine).square().mean().backward()
 
     largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
-    for p, ddp, fsdp in zip(plain.parameters(), replicated.parameters(), sharded.parameters(), strict=True):
+    everywhere: Any = zip(plain.parameters(), replicated.parameters(), sharded.parameters(), strict=True)
+    for p, ddp, fsdp in everywhere:
         assert (ddp.grad - p.grad).abs().max() <= 1e-5 * largest
         assert (fsdp.grad.full_tensor() - p.grad).abs().max() <= 1e-5 * largest
     torch.distributed.destroy_process_group()

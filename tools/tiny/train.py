@@ -134,8 +134,8 @@ def linear_start(vae: AutoencoderKLTemporalDecoder, level: float = 2.0) -> None:
             zero(module.conv)
             module.conv.weight[:, :, :2, :2] = torch.eye(module.conv.in_channels)[:, :, None, None] / 4
         elif isinstance(module, Upsample):
-            zero(module.conv)
-            nn.init.dirac_(module.conv.weight)
+            zero(conv := module.get_submodule("conv"))
+            nn.init.dirac_(conv.get_parameter("weight"))
     for coder, c_in, c_out in ((vae.encoder, 3, VAE.latent_channels), (vae.decoder, VAE.latent_channels, 3)):
         mix = F.normalize(torch.randn(NUM_GROUPS // 2, c_in)).repeat_interleave(2, dim=0) * sign[:, None]
         coder.conv_in.weight.mul_(0.1)
