@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,7 @@ def video_figures(measured: list[Measured]) -> list[Figure]:
     slips = np.nan_to_num([one.speed_error for one in moving], nan=1)
     pace = np.array([(one.asked_speed, np.nan_to_num(one.speed)) for one in measured])
     found = [one.found for one in measured]
+    last, faster = [one.overlap[-1] for one in measured], [one.overlap[-1] for one in faster_half(measured)]
     ranks = bootstrap_interval(pace, lambda rows: spearman(rows[:, 0], rows[:, 1]))
     return [
         mean_figure("first frame against the image, PSNR", "dB", [one.first_frame_psnr for one in measured], 26),
@@ -149,7 +151,37 @@ def video_figures(measured: list[Measured]) -> list[Figure]:
         mean_figure("relative error of the speed, median", "%", slips, 0.25, np.median),
         share_figure("colour within 0.1 (RGB, L2)", [one.colour_error <= 0.1 for one in measured], 0.95),
         share_figure("shape class kept", [one.shape_kept for one in measured], 0.95),
+        share_figure("class right in the last frame", [one.class_right[-1] for one in measured], 0.97),
+        share_figure("class right in every frame", [all(one.class_right) for one in measured], 0.95),
+        Figure("overlap in the last frame", "", float(np.mean(last)), *bootstrap_interval(last, np.mean), 0.88, True),
+        Figure("overlap in the last frame, faster half", "", float(np.mean(faster)),
+               *bootstrap_interval(faster, np.mean), 0.85, True),
+        share_figure("right in all of this", [one.right for one in measured], 0.9),
     ]  # fmt: skip
+
+
+def faster_half(measured: list[Measured]) -> list[Measured]:
+    """The videos that are asked to go faster than the median."""
+    return sorted(measured, key=lambda one: one.asked_speed)[len(measured) // 2 :]
+
+
+def curves(measured: list[Measured]) -> str:
+    """Overlap with the true shape (mean) and right class (share) in each frame, over speed, as two Markdown tables."""
+    by_speed = sorted(measured, key=lambda one: one.asked_speed)
+    bounds = np.linspace(0, len(measured), 5).astype(int)
+    rows = [("all", by_speed), *(("", by_speed[a:b]) for a, b in pairwise(bounds))]
+    tables = []
+    for title, shown in (
+        ("overlap, by asked speed in pixels a frame", lambda part: np.mean([one.overlap for one in part], axis=0)),
+        ("class right, %", lambda part: 100 * np.mean([one.class_right for one in part], axis=0)),
+    ):
+        frames, digits = len(measured[0].overlap), 1 if "%" in title else 3
+        lines = [f"| {title} | {' | '.join(f'frame {i + 1}' for i in range(frames))} |", f"|---|{'--:|' * frames}"]
+        for name, part in rows:
+            speeds = f"{part[0].asked_speed:.1f} to {part[-1].asked_speed:.1f}"
+            lines.append(f"| {name or speeds} | {' | '.join(f'{value:.{digits}f}' for value in shown(part))} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def evaluate(folder: Path, count: int, progress: bool = True) -> tuple[list[Figure], list[Measured]]:
@@ -175,12 +207,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and every video's measures")
     args = parser.parse_args()
-    if args.scenes < 2:
-        parser.error(f"--scenes is {args.scenes}; need at least 2 for an interval")
+    if args.scenes < 4:
+        parser.error(f"--scenes is {args.scenes}; need at least 4, one for each quarter of the speeds")
     if not (args.model / TEXT_ENCODER).is_file():
         parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools/train_tiny.py wrote")
     figures, measured = evaluate(args.model, args.scenes)
-    print(f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}")
+    print(
+        f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}\n\n{curves(measured)}"
+    )
     if args.json is not None:
         report = {"figures": [asdict(figure) for figure in figures], "videos": [asdict(one) for one in measured]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")

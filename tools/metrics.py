@@ -393,7 +393,7 @@ def _finite(values: Values) -> np.ndarray:
 # --- distance from a known right answer -----------------------------------------------------------------------------
 
 TRAVEL = 4.0  # pixels; of a shape that moves less, heading and relative speed are not measured
-RIGHT_HEADING, RIGHT_COLOUR = 30.0, 0.1  # degrees; RGB distance
+RIGHT_HEADING, RIGHT_COLOUR, RIGHT_OVERLAP = 30.0, 0.1, 0.7  # degrees; RGB distance; a star is a pixel off at 0.7
 
 
 @dataclass(frozen=True)
@@ -405,11 +405,15 @@ class Measured:
     speed_error          |speed - asked_speed| / asked_speed; nan as for the heading
     last_position_error  distance of the shape from its true place in the last frame
     colour_error         distance of the body's median colour from the true one, RGB in [0,1]
-    shape_kept           its outline is nearest to that of the right class
+    shape_kept           its outline, over all frames, is nearest to that of the right class
+    class_right          the same of each frame's own outline
+    overlap              of each frame's shape with the true one at its true place: intersection over union, in pixels
+                         nearer to the shape's colour than half-way to the backdrop's
     found                fraction of the frames in which there is a shape
     first_frame_psnr     decibels, of the first frame against the true first frame; inf if equal
     psnr                 decibels, of all frames against the true clip; inf if equal
-    right                found in every frame, heading within 30 degrees if measured, colour within 0.1, shape kept
+    right                heading within 30 degrees if measured, colour within 0.1, and in every frame: found, of the
+                         right class, overlap at least 0.7
 
     What needs a shape that was not found is nan.
     """
@@ -421,6 +425,8 @@ class Measured:
     last_position_error: float
     colour_error: float
     shape_kept: bool
+    class_right: tuple[bool, ...]
+    overlap: tuple[float, ...]
     found: float
     first_frame_psnr: float
     psnr: float
@@ -440,7 +446,9 @@ def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps
     heading_error = math.degrees(scenes.angle_between(track.heading, scene.heading)) if moves else math.nan
     found = float(np.isfinite(track.positions).all(axis=1).mean())
     colour_error = float(np.linalg.norm(track.rgb - np.array(scene.rgb)))
-    kept = track.shape == scene.shape
+    class_right = tuple(shape == scene.shape for shape in track.shapes)
+    overlap = tuple(scenes.same_place(frames.float().numpy(), truth.numpy(), scene).tolist())
+    turned, recoloured = heading_error > RIGHT_HEADING, not colour_error <= RIGHT_COLOUR
     return Measured(
         heading_error=heading_error,
         asked_speed=asked,
@@ -448,9 +456,11 @@ def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps
         speed_error=abs(track.speed - asked) / asked if moves else math.nan,
         last_position_error=float(np.linalg.norm(track.positions[-1] - places[-1])),
         colour_error=colour_error,
-        shape_kept=kept,
+        shape_kept=track.shape == scene.shape,
+        class_right=class_right,
+        overlap=overlap,
         found=found,
         first_frame_psnr=psnr(frames[0], truth[0]),
         psnr=psnr(frames, truth),
-        right=found == 1 and not heading_error > RIGHT_HEADING and colour_error <= RIGHT_COLOUR and kept,
+        right=all(class_right) and min(overlap) >= RIGHT_OVERLAP and not turned and not recoloured,
     )
