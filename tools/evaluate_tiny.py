@@ -78,14 +78,21 @@ def images(clips: list[Clip]) -> Tensor:
     return torch.from_numpy(scenes.to_unit(np.stack([frames[0] for *_, frames in clips])))
 
 
-def generate(svd: StableVideoDiffusion, clips: list[Clip], progress: bool = True) -> Iterator[Tensor]:
-    """A video [t,3,H,W] in [0,1] for each clip's first frame, fps and motion bucket; clip i draws from seed i."""
+def generate(
+    svd: StableVideoDiffusion, clips: list[Clip], progress: bool = True, scale: float | None = None
+) -> Iterator[Tensor]:
+    """A video [t,3,H,W] in [0,1] for each clip's first frame, fps and motion bucket; clip i draws from seed i.
+
+    `scale` is the guidance of all frames, the model's own where it is None; 0 gives the unconditional branch alone.
+    """
+    guidance = None if scale is None else (scale, scale)
     with tqdm(total=len(clips), desc="videos", disable=not progress) as bar:
         for start in range(0, len(clips), BATCH):
             part = clips[start : start + BATCH]
             seeds = list(range(start, start + len(part)))
             fps, buckets = [clip[1] for clip in part], [clip[2] for clip in part]
-            for video in svd(images(part), fps=fps, motion_bucket=buckets, seed=seeds, progress=False):
+            settings = {"fps": fps, "motion_bucket": buckets, "seed": seeds, "guidance": guidance}
+            for video in svd(images(part), **settings, progress=False):
                 yield video.frames
                 bar.update()
 
@@ -201,16 +208,36 @@ def table(figures: list[Figure]) -> str:
     return "\n".join([HEADER, *(figure.row() for figure in figures)])
 
 
+def by_scale(svd: StableVideoDiffusion, clips: list[Clip], scales: list[float]) -> str:
+    """The video figures against the guidance scale, as a Markdown table."""
+    columns = []
+    for scale in scales:
+        videos = zip(generate(svd, clips, scale=scale), clips, strict=True)
+        columns.append(video_figures([against_truth(v, scene, bucket, fps) for v, (scene, fps, bucket, _) in videos]))
+    head = f"| measure | {' | '.join(f'scale {scale:g}' for scale in scales)} |\n|---|{'--:|' * len(scales)}"
+    rows = [
+        f"| {row[0].name} | {' | '.join(f'{figure.shown(figure.value)} {figure.unit}'.strip() for figure in row)} |"
+        for row in zip(*columns, strict=True)
+    ]
+    return "\n".join([head, *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out figures of the tiny model.")
     parser.add_argument("--model", type=Path, default=Path("weights/tiny"), help="the folder")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and every video's measures")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", metavar="S", help="only figures against these guidance scales"
+    )
     args = parser.parse_args()
     if args.scenes < 4:
         parser.error(f"--scenes is {args.scenes}; need at least 4, one for each quarter of the speeds")
     if not (args.model / TEXT_ENCODER).is_file():
         parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools/train_tiny.py wrote")
+    if args.scales:
+        print(by_scale(minisvd.load(args.model), draw_clips(args.scenes), args.scales))
+        return
     figures, measured = evaluate(args.model, args.scenes)
     print(
         f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}\n\n{curves(measured)}"

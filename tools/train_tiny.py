@@ -64,7 +64,7 @@ CLIP = ClipConfig(
 )
 UNET = UNetConfig(
     block_out_channels=(64, 96, 96),
-    attention=(True, True, False),
+    attention=(False, True, True),
     num_attention_heads=(2, 3, 3),
     layers_per_block=1,
     cross_attention_dim=CLIP.projection_dim,
@@ -578,6 +578,7 @@ def draw_pooled(pool: dict[str, Tensor], rng: np.random.Generator, batch: int) -
 def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
     """EDM's v-loss |F(c_in x, c_noise) - (y - c_skip x) / c_out|^2 at x = y + sigma n, ln sigma normal.
 
+    A batch's noise levels are one of each of as many equally likely parts of that normal distribution.
     The condition frame has noise of a log-normal deviation, which is told; the whole condition is dropped, embedding
     and latent together, from one clip in ten, for guidance. The network runs in bfloat16 on float32 weights.
     """
@@ -587,7 +588,8 @@ def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) 
         y, latent, embeds, ids = draw_pooled(pool, rng, batch)
         keep = (torch.rand(batch, device=run.device) >= CONDITION_DROPOUT).float()
         latent, embeds = latent * keep[:, None, None, None], embeds * keep[:, None, None]
-        sigma = (SIGMA_MEAN + SIGMA_STD * torch.randn(batch, device=run.device)).exp()
+        spread = (torch.arange(batch, device=run.device) + torch.rand(batch, device=run.device)) / batch
+        sigma = (SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(spread)).exp()
         c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None, None])
         x = y + sigma[:, None, None, None, None] * torch.randn_like(y)
         sample = torch.cat([c_in * x, repeat(latent, "b c h w -> b t c h w", t=y.shape[1])], dim=2)
