@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import scenes
 import train_tiny
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
@@ -116,6 +117,35 @@ def test_muon_steps_are_as_large_as_stated():
     dead.grad = torch.zeros(16, 8)
     Muon([dead], lr=0.1).step()
     assert (dead == 0).all()
+
+
+def test_pooled_clips_move_as_their_numbers_say():
+    """Latents that are the place along the path: from frame to frame they differ by speed(bucket) / fps, from the start
+    that the first latent and the embedding are of. Control: by another clip's numbers they do not."""
+    rng, n = np.random.default_rng(0), 50
+    spacing = torch.from_numpy(rng.uniform(0, train_tiny.FARTHEST / (train_tiny.PLACES - 1), n)).float()
+    places = spacing[:, None] * torch.arange(train_tiny.PLACES)
+    starts = places[:, train_tiny.STARTS]
+    pool = {
+        "latents": places[:, :, None, None, None],
+        "spacing": spacing,
+        "embeds": starts[:, :, None, None],
+        "first": starts[:, :, None, None, None],
+        "noise_aug": torch.full((n, len(train_tiny.STARTS)), 0.05),
+    }
+    y, first, embeds, ids = train_tiny.draw_pooled(pool, rng, 400)
+    fps, bucket, noise_aug = (ids + torch.tensor([1.0, 0.0, 0.0])).T
+    assert y.shape == (400, scenes.FRAMES, 1, 1, 1)
+    assert torch.equal(y[:, 0], first)
+    assert torch.equal(embeds[:, 0], first[:, 0, 0])
+    asked = scenes.TOP_SPEED * bucket / 255 / fps
+    error = (y.diff(dim=1).flatten(1) - asked[:, None]).abs().max(dim=1).values
+    print(f"largest error {error.max():.1e} pixels; speeds {asked.min():.2f} to {asked.max():.2f}")
+    assert error.max() < 1e-4
+    assert (y.diff(dim=1).flatten(1) - asked.roll(1)[:, None]).abs().max(dim=1).values.median() > 0.1
+    assert ((bucket >= 0) & (bucket <= 255.01)).all()
+    assert set(fps.tolist()) == set(map(float, range(scenes.FPS[0], scenes.FPS[1] + 1)))
+    assert (noise_aug == 0.05).all()
 
 
 def test_every_parameter_has_one_optimizer():
