@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 import scenes
 import train_tiny
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
 from minisvd.vae import AutoencoderKLTemporalDecoder
-from train_tiny import Muon, Run, Stage, decode_frames, fit, muon_and_adamw, orthogonalised
+from train_tiny import Muon, Run, Stage, decode_frames, fit, muon_and_adamw, orthogonalised, orthogonalised_together
 
 STAGE = Stage("unet", steps=6, batch=2, lr=1e-3, report=100)
 CONFIG = UNetConfig(
@@ -102,6 +102,24 @@ def test_orthogonalised_keeps_directions_and_levels_their_sizes(shape):
     assert (aligned > 0.6).all()
     u, _, vh = torch.linalg.svd(matrices.roll(1, dims=0), full_matrices=False)
     assert not (torch.linalg.diagonal(u.mT @ orthogonalised(matrices).float() @ vh.mT) > 0.6).any()  # control
+
+
+def orthogonalise_apart(rank: int, folder: Path, stacks: list[Tensor]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(orthogonalised_together(stacks), folder / f"{rank}.pt")
+
+
+def test_two_processes_share_the_matrices_and_agree(tmp_path):
+    """Each has all, as one process alone has them; one stack has fewer matrices than there are processes."""
+    generator = torch.Generator().manual_seed(0)
+    stacks = [torch.randn(shape, generator=generator) for shape in ((1, 8, 24), (5, 16, 16), (2, 40, 8))]
+    multiprocessing.spawn(orthogonalise_apart, (tmp_path, stacks), nprocs=2)
+    alone = orthogonalised_together(stacks)
+    for rank in range(2):
+        for apart, whole in zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True):
+            assert (apart - whole).abs().max() < 0.02  # bfloat16
+            assert (apart.flip(1) - whole).abs().max() > 0.1  # control
 
 
 def test_muon_steps_are_as_large_as_stated():

@@ -239,17 +239,33 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.flatten(1).shape, []).append(p)
-            for (m, n), alike in shapes.items():
+            directions = []
+            for alike in shapes.values():
                 nesterov = []
                 for p in alike:
                     assert p.grad is not None
                     past = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     past.lerp_(p.grad, 1 - group["momentum"])
                     nesterov.append(p.grad.lerp(past, group["momentum"]).flatten(1))
-                updates = orthogonalised(torch.stack(nesterov)).to(alike[0].dtype)
-                for p, update in zip(alike, updates, strict=True):
+                directions.append(torch.stack(nesterov))
+            for ((m, n), alike), updates in zip(shapes.items(), orthogonalised_together(directions), strict=True):
+                for p, update in zip(alike, updates.to(alike[0].dtype), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update.view_as(p), alpha=group["lr"] * 0.4 * max(m, n) ** 0.5)
+
+
+def orthogonalised_together(stacks: list[Tensor]) -> list[Tensor]:
+    """`orthogonalised` of each stack, [k, m, n]; of several processes with equal stacks, each does its part of them."""
+    if not distributed.is_initialized():
+        return [orthogonalised(stack) for stack in stacks]
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    parts = [torch.zeros_like(stack) for stack in stacks]
+    for part, stack in zip(parts, stacks, strict=True):
+        if len(stack) > rank:
+            part[rank::processes] = orthogonalised(stack[rank::processes]).to(part.dtype)
+    flat = torch.cat([part.flatten() for part in parts])
+    distributed.all_reduce(flat)  # where one process has a matrix, the others have zeros
+    return [whole.view_as(part) for whole, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
