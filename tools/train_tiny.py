@@ -104,9 +104,9 @@ class Stage:
 
 
 VAE_FRAMES = Stage("vae-frames", steps=900, batch=8, lr=1.5e-3, report=150)
-VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
+VAE_VIDEO = Stage("vae-video", steps=80, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
-UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
+UNET_VIDEO = Stage("unet", steps=2400, batch=8, lr=3e-3, report=300)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
 
 
@@ -516,8 +516,9 @@ def train_clip(run: Run) -> CaptionedImages:
 
     def loss(model: CaptionedImages, rng: np.random.Generator, batch: int) -> Tensor:
         frames, captions = draw_captioned(rng, batch)
-        image, text = model(run.unit(frames), tokens(captions).to(run.device))
-        return contrast(image, text, model.logit_scale.exp().clamp(max=100))
+        with run.autocast():
+            image, text = model(run.unit(frames), tokens(captions).to(run.device))
+        return contrast(image.float(), text.float(), model.logit_scale.exp().clamp(max=100))
 
     def report(model: CaptionedImages) -> str:
         image, text = model(held_out, tokens(captions).to(run.device))
