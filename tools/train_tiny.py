@@ -81,8 +81,8 @@ SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
 SAVE_EVERY = 60  # seconds
-DRAWINGS = 0.3  # share of the wider scenes in what VAE and UNet learn from
-POOL = 2000  # scenes whose latents the UNet learns from
+DRAWINGS, POOL_DRAWINGS = 0.3, 0.2  # share of the wider scenes in what VAE and UNet learn from
+POOL = 1600  # scenes whose latents the UNet learns from
 PLACES = 22  # of each scene's shape along its path: for clips of 8 frames at one, two or three times their distance
 FARTHEST = (scenes.FRAMES - 1) * scenes.TOP_SPEED / scenes.FPS[0]  # pixels from the first place to the last, at most
 STARTS = (0, 3, 7, 10, 14)  # the places at which a clip begins
@@ -94,19 +94,23 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast: `steps` of `batch` items, peak learning rate `lr`; a report every `report` steps."""
+    """How long and how fast: `steps` of `batch` items, peak learning rate `lr`; a report every `report` steps.
+
+    The rate falls after a share `hold` of the steps.
+    """
 
     name: str
     steps: int
     batch: int
     lr: float
     report: int
+    hold: float = 0.0
 
 
 VAE_FRAMES = Stage("vae-frames", steps=900, batch=8, lr=1.5e-3, report=150)
 VAE_VIDEO = Stage("vae-video", steps=80, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
-UNET_VIDEO = Stage("unet", steps=2400, batch=8, lr=3e-3, report=300)
+UNET_VIDEO = Stage("unet", steps=2000, batch=8, lr=2.5e-3, report=200, hold=0.5)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
 
 
@@ -158,9 +162,9 @@ def fit(
 ) -> M:
     """Train what `build` returns for the stage's steps and return its moving average; goes on where a checkpoint ends.
 
-    AdamW unless `optimize` makes another; gradient norm at most 1, learning rate linear up over 100 steps and a cosine
-    down to zero. `loss` draws its share of the batch from a generator that only seed, stage, step and process fix: a
-    stopped run goes on as it would.
+    AdamW unless `optimize` makes another; gradient norm at most 1; learning rate linear up over 100 steps, held if the
+    stage says so, and a cosine down to zero. `loss` draws its share of the batch from a generator that only seed,
+    stage, step and process fix: a stopped run goes on as it would.
     """
     checkpoint = run.work / f"{stage.name}.pt"
     torch.manual_seed(run.seed)
@@ -189,7 +193,8 @@ def fit(
         where = [run.seed, STAGES.index(stage), step, run.rank]
         rng = np.random.default_rng(where)
         torch.manual_seed(int(rng.integers(2**32)))
-        lr = stage.lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
+        fallen = max(0.0, (step / stage.steps - stage.hold) / (1 - stage.hold))
+        lr = stage.lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * fallen))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr
         value = loss(model, rng, stage.batch // run.processes)
@@ -555,7 +560,7 @@ def clip_pool(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -
     rng, rows = np.random.default_rng([run.seed, len(STAGES), run.rank]), []
     starts = torch.tensor(STARTS, device=run.device)
     for _ in tqdm(range(POOL // run.processes), "scenes for the unet", disable=run.rank > 0):
-        drawn, spacing = draw_scenes(rng, DRAWINGS), rng.uniform(0, FARTHEST / (PLACES - 1))
+        drawn, spacing = draw_scenes(rng, POOL_DRAWINGS), rng.uniform(0, FARTHEST / (PLACES - 1))
         bucket = spacing * 255 / scenes.TOP_SPEED  # moves by `spacing` at one frame a second
         video = run.unit(scenes.render_together(drawn, [scenes.path(scene, bucket, 1, PLACES) for scene in drawn]))
         noise_aug = (NOISE_AUG_MEAN + NOISE_AUG_STD * torch.randn(len(STARTS), device=run.device)).exp()
