@@ -38,7 +38,8 @@ def videos(first_frames) -> dict[int, list[Video]]:
 
 
 def right(frames: torch.Tensor, scene: scenes.Scene, bucket: int) -> bool:
-    """Found in every frame, colour within 0.1 (RGB, L2), heading within 30 degrees, shape class kept."""
+    """Heading within 30 degrees, colour within 0.1 (RGB, L2); in every frame found, of the right class, and with an
+    overlap of at least 0.7 with the true shape at its true place."""
     return against_truth(frames, scene, bucket, fps=7).right
 
 
@@ -56,6 +57,21 @@ def test_shapes_keep_colour_and_form_and_move_where_they_point(drawn, videos, bu
     assert sum(right(frames, scene, bucket) for (frames, _), scene in zip(pairs, renamed, strict=True)) <= 2  # control
     neighbours = zip(pairs, [*drawn[1:], drawn[0]], strict=True)
     assert sum(right(frames, scene, bucket) for (frames, _), scene in neighbours) <= 2  # control: another's scene
+
+
+@pytest.mark.parametrize(("bucket", "bar"), [(SLOW, 0.88), (FAST, 0.85)])
+def test_shapes_end_in_form_and_in_place(drawn, videos, bucket, bar):
+    """In the last frame the mean overlap with the true shape reaches the bar; of those a pixel off it would not."""
+    measured = [against_truth(v.frames, scene, bucket, fps=7) for v, scene in zip(videos[bucket], drawn, strict=True)]
+    last = np.mean([one.overlap[-1] for one in measured])
+    print(f"bucket {bucket}: overlap in the last frame {last:.3f}, class right in {[o.class_right for o in measured]}")
+    assert last >= bar
+    assert sum(all(one.class_right) for one in measured) >= 9
+
+    places = [scenes.path(scene, bucket, 7) + np.array([1, 0]) for scene in drawn]
+    off = [torch.from_numpy(scenes.render(s, p)).float() / 255 for s, p in zip(drawn, places, strict=True)]
+    moved = [against_truth(f, scene, bucket, fps=7).overlap[-1] for f, scene in zip(off, drawn, strict=True)]
+    assert np.mean(moved) < bar  # control
 
 
 def test_a_larger_motion_bucket_moves_further(drawn, videos):
