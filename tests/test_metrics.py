@@ -440,7 +440,10 @@ def test_a_true_clip_is_right_in_every_measure() -> None:
     for scene in drawn():
         measured = metrics.against_truth(clip(scene), scene, FAST, FPS)
         assert measured.right, measured
+        assert measured.right_in_every_frame
         assert measured.found == 1
+        assert measured.class_right == (True,) * 8
+        assert measured.overlap == (1.0,) * 8
         assert measured.psnr == measured.first_frame_psnr == math.inf
         assert measured.asked_speed == pytest.approx(28 * FAST / 255 / FPS)
         assert measured.speed == pytest.approx(measured.asked_speed, rel=0.06)
@@ -477,14 +480,54 @@ def test_a_clip_of_another_shape_is_wrong_in_its_shape() -> None:
         assert not measured.right
 
 
+def test_a_clip_whose_last_frames_are_another_shape_is_not_right_in_every_frame() -> None:
+    """It is right, for the class over all frames is kept; that of the last two is not, and there the overlap falls."""
+    for scene in drawn():
+        other = {"circle": "star", "square": "triangle", "triangle": "square", "star": "circle"}[scene.shape]
+        frames = torch.cat([clip(scene)[:6], clip(replace(scene, shape=other))[6:]])
+        measured = metrics.against_truth(frames, scene, FAST, FPS)
+        assert measured.shape_kept
+        assert measured.class_right == (True,) * 6 + (False,) * 2
+        assert min(measured.overlap[:6]) == 1
+        assert max(measured.overlap[6:]) < 0.85
+        assert measured.right
+        assert not measured.right_in_every_frame
+
+
+def test_overlap_is_intersection_over_union_of_the_shape() -> None:
+    """Of a square on black, moved by its half: a third; where no pixel of it is left: 0; a colour next to it counts."""
+    scene = replace(drawn()[0], rgb=(0.0, 0.8, 0.0))
+    backdrop = torch.from_numpy(scenes.render(scene, np.full((1, 2), 1000.0))).float() / 255
+    green = torch.tensor(scene.rgb)[:, None, None]
+
+    def square(left: int, colour: Tensor = green) -> np.ndarray:
+        frames = backdrop.clone()
+        frames[:, :, 20:28, left : left + 8] = colour
+        return frames.numpy()
+
+    def overlap(frames: np.ndarray) -> float:
+        return float(scenes.same_place(frames, square(20), scene)[0])
+
+    assert overlap(square(20)) == 1
+    assert overlap(square(24)) == pytest.approx(1 / 3)
+    assert overlap(square(28)) == 0
+    assert overlap(backdrop.numpy()) == 0
+    middle = backdrop[:, :, 24, 24][0][:, None, None]
+    assert overlap(square(20, 0.6 * green + 0.4 * middle)) == 1
+    assert overlap(square(20, 0.3 * green + 0.7 * middle)) == 0
+
+
 def test_a_clip_at_half_the_speed_is_wrong_in_its_speed() -> None:
-    """And so in where it ends, but it is right: the speed is no part of that."""
+    """And so in where it ends. It is right, for the speed is no part of that, but not in every frame."""
     for scene in drawn():
         measured = metrics.against_truth(clip(scene, FAST / 2), scene, FAST, FPS)
         assert wrong_in(measured) == {"speed_error", "last_position_error"}, measured
         assert measured.speed_error == pytest.approx(0.5, abs=0.05)
         assert measured.first_frame_psnr == math.inf
+        assert measured.class_right == (True,) * 8
+        assert measured.overlap[0] == 1 > metrics.RIGHT_OVERLAP > measured.overlap[-1]
         assert measured.right
+        assert not measured.right_in_every_frame
 
 
 def test_where_nothing_moves_heading_and_speed_are_not_measured() -> None:
@@ -495,6 +538,8 @@ def test_where_nothing_moves_heading_and_speed_are_not_measured() -> None:
         assert math.isnan(measured.heading_error)
         assert math.isnan(measured.speed_error)
         assert measured.right
+        assert measured.right_in_every_frame == (min(measured.overlap) >= metrics.RIGHT_OVERLAP)
+        assert all(measured.class_right)
     bucket = 4.01 / 28 * 255 / 7 * FPS
     assert metrics.against_truth(clip(scene, bucket), scene, bucket, FPS).heading_error < 30
 

@@ -73,3 +73,58 @@ def test_captions_name_what_is_seen() -> None:
     scene = scenes.random_scene(np.random.default_rng(6))
     named = scenes.replace(scene, shape="star", colour="orange", heading=-3 * np.pi / 4)
     assert scenes.caption(named).startswith("an orange star moving up left over a")
+
+
+def test_drawings_stay_in_frame_stand_out_and_show_where_they_go() -> None:
+    """Of 300: centres keep their margin at any speed, colours differ from the ground's, nose or tail is there."""
+    rng = np.random.default_rng(7)
+    drawings = [scenes.random_drawing(rng) for _ in range(300)]
+    for drawn in drawings:
+        for scene in drawn:
+            places = scenes.path(scene, motion_bucket=255, fps=scenes.FPS[0])
+            assert places.min() >= scenes.MARGIN - 1e-6
+            assert places.max() <= scenes.SIZE - scenes.MARGIN + 1e-6
+            ground = (np.array(scene.background.near) + scene.background.far) / 2
+            assert np.linalg.norm(np.array(scene.rgb) - ground) >= 0.5
+            assert scene.nose or scene.tail
+            assert scene.background == drawn[0].background
+    flat = [scene for drawn in drawings for scene in drawn]
+    assert 30 < sum(len(drawn) == 2 for drawn in drawings) < 120
+    assert sum(not scene.nose for scene in flat) > 30
+    assert sum(not scene.tail for scene in flat) > 30
+    assert sum(min(scene.background.near) > 0.7 for scene in flat) > 30  # light grounds
+
+
+def test_each_widening_is_seen_and_none_touches_the_standard_scenes() -> None:
+    """Each field beyond a standard scene's changes its picture; with the defaults nothing does."""
+    scene, *_ = clips(1, seed=8)[0]
+    at = scenes.path(scene, 0, 1, frames=1)
+    plain = scenes.render(scene, at).astype(int)
+    changes = {
+        "nose": False,
+        "tail": False,
+        "nose_rgb": (0.0, 0.0, 0.0),
+        "turn": 0.5,
+        "wobble": ((3, 0.2, 0.0),),
+        "line": 2.0,
+    }
+    for name, value in changes.items():
+        assert np.abs(scenes.render(scenes.replace(scene, **{name: value}), at).astype(int) - plain).max() > 50, name
+    for scene, *_ in clips(20, seed=9):
+        assert scenes.Scene(*(getattr(scene, name) for name in list(vars(scene))[:8])) == scene
+
+
+def test_two_shapes_share_a_frame() -> None:
+    """Each is where it is alone, and the ground is the first's."""
+    (one, _, _, _), (other, _, _, _) = clips(2, seed=10)
+    one, other = scenes.replace(one, x=16.0, y=16.0), scenes.replace(other, x=48.0, y=48.0)
+    places = [scenes.path(scene, 0, 1, frames=1) for scene in (one, other)]
+    both = scenes.render_together((one, other), places)
+    seen = scenes.silhouette(other, places[1])
+    assert np.array_equal(
+        both[seen[:, None].repeat(3, 1) == 0], scenes.render(one, places[0])[seen[:, None].repeat(3, 1) == 0]
+    )
+    alone = scenes.render(scenes.replace(other, background=one.background), places[1])
+    inside = seen[:, None].repeat(3, 1) == 1
+    assert np.array_equal(both[inside], alone[inside])
+    assert not np.array_equal(both, scenes.render(one, places[0]))  # control

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
 from minisvd.vae import AutoencoderKLTemporalDecoder
-from tools.tiny.fit import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised
+from tools.tiny import scenes
+from tools.tiny import train as recipe
+from tools.tiny.fit import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised, orthogonalised_together
 from tools.tiny.train import decode_frames, mean_psnr
 
 pytestmark = pytest.mark.slow
@@ -88,6 +90,15 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
         train(tmp_path, stop_at=1)
 
 
+def test_the_rate_rises_is_held_and_falls_to_nothing():
+    """Over 100 steps, to half of all, and along half a wave of the cosine. Control: without a hold it falls at once."""
+    held, falling = (Stage("", steps=1000, batch=1, lr=2.0, report=1, hold=hold) for hold in (0.5, 0.0))
+    assert [held.lr_at(step) for step in (25, 50, 100, 300, 500)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert [held.lr_at(step) for step in (750, 1000)] == pytest.approx([1.0, 0.0])
+    assert [falling.lr_at(step) for step in (50, 500, 1000)] == pytest.approx([1.0, 1.0, 0.0])
+    assert falling.lr_at(300) < 1.6 < held.lr_at(300)
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16)])
 def test_orthogonalised_keeps_directions_and_levels_their_sizes(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -102,6 +113,24 @@ def test_orthogonalised_keeps_directions_and_levels_their_sizes(shape):
     assert (aligned > 0.6).all()
     u, _, vh = torch.linalg.svd(matrices.roll(1, dims=0), full_matrices=False)
     assert not (torch.linalg.diagonal(u.mT @ orthogonalised(matrices).float() @ vh.mT) > 0.6).any()  # control
+
+
+def orthogonalise_apart(rank: int, folder: Path, stacks: list[Tensor]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(orthogonalised_together(stacks), folder / f"{rank}.pt")
+
+
+def test_two_processes_share_the_matrices_and_agree(tmp_path):
+    """Each has all, as one process alone has them; one stack has fewer matrices than there are processes."""
+    generator = torch.Generator().manual_seed(0)
+    stacks = [torch.randn(shape, generator=generator) for shape in ((1, 8, 24), (5, 16, 16), (2, 40, 8))]
+    multiprocessing.spawn(orthogonalise_apart, (tmp_path, stacks), nprocs=2)
+    alone = orthogonalised_together(stacks)
+    for rank in range(2):
+        for apart, whole in zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True):
+            assert (apart - whole).abs().max() < 0.02  # bfloat16
+            assert (apart.flip(1) - whole).abs().max() > 0.1  # control
 
 
 def test_muon_steps_are_as_large_as_stated():
@@ -127,6 +156,35 @@ def test_the_psnr_of_the_log_is_of_images_between_minus_one_and_one():
     assert mean_psnr(output, target) == pytest.approx(expected, abs=1e-4)
     assert mean_psnr(output[:1], target[:1]) < expected - 5  # control
     assert mean_psnr(torch.full_like(target, 7), target) == mean_psnr(torch.ones_like(target), target)
+
+
+def test_pooled_clips_move_as_their_numbers_say():
+    """Latents that are the place along the path: from frame to frame they differ by speed(bucket) / fps, from the start
+    that the first latent and the embedding are of. Control: by another clip's numbers they do not."""
+    rng, n = np.random.default_rng(0), 50
+    spacing = torch.from_numpy(rng.uniform(0, recipe.FARTHEST / (recipe.PLACES - 1), n)).float()
+    places = spacing[:, None] * torch.arange(recipe.PLACES)
+    starts = places[:, recipe.STARTS]
+    pool = {
+        "latents": places[:, :, None, None, None],
+        "spacing": spacing,
+        "embeds": starts[:, :, None, None],
+        "first": starts[:, :, None, None, None],
+        "noise_aug": torch.full((n, len(recipe.STARTS)), 0.05),
+    }
+    y, first, embeds, ids = recipe.draw_pooled(pool, rng, 400)
+    fps, bucket, noise_aug = (ids + torch.tensor([1.0, 0.0, 0.0])).T
+    assert y.shape == (400, scenes.FRAMES, 1, 1, 1)
+    assert torch.equal(y[:, 0], first)
+    assert torch.equal(embeds[:, 0], first[:, 0, 0])
+    asked = scenes.TOP_SPEED * bucket / 255 / fps
+    error = (y.diff(dim=1).flatten(1) - asked[:, None]).abs().max(dim=1).values
+    print(f"largest error {error.max():.1e} pixels; speeds {asked.min():.2f} to {asked.max():.2f}")
+    assert error.max() < 1e-4
+    assert (y.diff(dim=1).flatten(1) - asked.roll(1)[:, None]).abs().max(dim=1).values.median() > 0.1
+    assert ((bucket >= 0) & (bucket <= 255.01)).all()
+    assert set(fps.tolist()) == set(map(float, range(scenes.FPS[0], scenes.FPS[1] + 1)))
+    assert (noise_aug == 0.05).all()
 
 
 def test_every_parameter_has_one_optimizer():

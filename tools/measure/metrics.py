@@ -393,7 +393,7 @@ def _finite(values: Values) -> np.ndarray:
 # --- distance from a known right answer -----------------------------------------------------------------------------
 
 TRAVEL = 4.0  # pixels; of a shape that moves less, heading and relative speed are not measured
-RIGHT_HEADING, RIGHT_COLOUR = 30.0, 0.1  # degrees; RGB distance
+RIGHT_HEADING, RIGHT_COLOUR, RIGHT_OVERLAP = 30.0, 0.1, 0.7  # degrees; RGB distance; a star is a pixel off at 0.7
 
 
 @dataclass(frozen=True)
@@ -405,11 +405,15 @@ class Measured:
     speed_error          |speed - asked_speed| / asked_speed; nan as for the heading
     last_position_error  distance of the shape from its true place in the last frame
     colour_error         distance of the body's median colour from the true one, RGB in [0,1]
-    shape_kept           its outline is nearest to that of the right class
+    shape_kept           its outline, over all frames, is nearest to that of the right class
+    class_right          the same of each frame's own outline
+    overlap              of each frame's shape with the true one at its true place: intersection over union, in pixels
+                         nearer to the shape's colour than half-way to the backdrop's
     found                fraction of the frames in which there is a shape
     first_frame_psnr     decibels, of the first frame against the true first frame; inf if equal
     psnr                 decibels, of all frames against the true clip; inf if equal
     right                found in every frame, heading within 30 degrees if measured, colour within 0.1, shape kept
+    right_in_every_frame right, and each frame alone is of the right class, with an overlap of at least 0.7
 
     What needs a shape that was not found is nan.
     """
@@ -421,10 +425,13 @@ class Measured:
     last_position_error: float
     colour_error: float
     shape_kept: bool
+    class_right: tuple[bool, ...]
+    overlap: tuple[float, ...]
     found: float
     first_frame_psnr: float
     psnr: float
     right: bool
+    right_in_every_frame: bool
 
 
 def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps: float) -> Measured:
@@ -440,7 +447,10 @@ def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps
     heading_error = math.degrees(scenes.angle_between(track.heading, scene.heading)) if moves else math.nan
     found = float(np.isfinite(track.positions).all(axis=1).mean())
     colour_error = float(np.linalg.norm(track.rgb - np.array(scene.rgb)))
+    class_right = tuple(shape == scene.shape for shape in track.shapes)
+    overlap = tuple(scenes.same_place(frames.float().numpy(), truth.numpy(), scene).tolist())
     kept = track.shape == scene.shape
+    right = found == 1 and not heading_error > RIGHT_HEADING and colour_error <= RIGHT_COLOUR and kept
     return Measured(
         heading_error=heading_error,
         asked_speed=asked,
@@ -449,8 +459,11 @@ def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps
         last_position_error=float(np.linalg.norm(track.positions[-1] - places[-1])),
         colour_error=colour_error,
         shape_kept=kept,
+        class_right=class_right,
+        overlap=overlap,
         found=found,
         first_frame_psnr=psnr(frames[0], truth[0]),
         psnr=psnr(frames, truth),
-        right=found == 1 and not heading_error > RIGHT_HEADING and colour_error <= RIGHT_COLOUR and kept,
+        right=right,
+        right_in_every_frame=right and all(class_right) and min(overlap) >= RIGHT_OVERLAP,
     )

@@ -10,6 +10,7 @@ Axes: b batch, t frames, c channels, H W pixels.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +78,21 @@ def images(clips: list[Clip]) -> Tensor:
     return torch.from_numpy(scenes.to_unit(np.stack([frames[0] for *_, frames in clips])))
 
 
-def generate(svd: StableVideoDiffusion, clips: list[Clip], progress: bool = True) -> Iterator[Tensor]:
-    """A video [t,3,H,W] in [0,1] for each clip's first frame, fps and motion bucket; clip i draws from seed i."""
+def generate(
+    svd: StableVideoDiffusion, clips: list[Clip], progress: bool = True, scale: float | None = None
+) -> Iterator[Tensor]:
+    """A video [t,3,H,W] in [0,1] for each clip's first frame, fps and motion bucket; clip i draws from seed i.
+
+    `scale` is the guidance of all frames, the model's own where it is None; 0 gives the unconditional branch alone.
+    """
+    guidance = None if scale is None else (scale, scale)
     with tqdm(total=len(clips), desc="videos", disable=not progress) as bar:
         for start in range(0, len(clips), BATCH):
             part = clips[start : start + BATCH]
             seeds = list(range(start, start + len(part)))
             fps, buckets = [clip[1] for clip in part], [clip[2] for clip in part]
-            for video in svd(images(part), fps=fps, motion_bucket=buckets, seed=seeds, progress=False):
+            settings = {"fps": fps, "motion_bucket": buckets, "seed": seeds, "guidance": guidance}
+            for video in svd(images(part), **settings, progress=False):
                 yield video.frames
                 bar.update()
 
@@ -139,6 +147,7 @@ def video_figures(measured: list[Measured]) -> list[Figure]:
     slips = np.nan_to_num([one.speed_error for one in moving], nan=1)
     pace = np.array([(one.asked_speed, np.nan_to_num(one.speed)) for one in measured])
     found = [one.found for one in measured]
+    last, faster = [one.overlap[-1] for one in measured], [one.overlap[-1] for one in faster_half(measured)]
     ranks = bootstrap_interval(pace, lambda rows: spearman(rows[:, 0], rows[:, 1]))
     return [
         mean_figure("first frame against the image, PSNR", "dB", [one.first_frame_psnr for one in measured], 26),
@@ -149,7 +158,37 @@ def video_figures(measured: list[Measured]) -> list[Figure]:
         mean_figure("relative error of the speed, median", "%", slips, 0.25, np.median),
         share_figure("colour within 0.1 (RGB, L2)", [one.colour_error <= 0.1 for one in measured], 0.95),
         share_figure("shape class kept", [one.shape_kept for one in measured], 0.95),
+        share_figure("class right in the last frame", [one.class_right[-1] for one in measured], 0.97),
+        share_figure("class right in every frame", [all(one.class_right) for one in measured], 0.95),
+        Figure("overlap in the last frame", "", float(np.mean(last)), *bootstrap_interval(last, np.mean), 0.88, True),
+        Figure("overlap in the last frame, faster half", "", float(np.mean(faster)),
+               *bootstrap_interval(faster, np.mean), 0.85, True),
+        share_figure("right in every frame", [one.right_in_every_frame for one in measured], 0.9),
     ]  # fmt: skip
+
+
+def faster_half(measured: list[Measured]) -> list[Measured]:
+    """The videos that are asked to go faster than the median."""
+    return sorted(measured, key=lambda one: one.asked_speed)[len(measured) // 2 :]
+
+
+def curves(measured: list[Measured]) -> str:
+    """Overlap with the true shape (mean) and right class (share) in each frame, over speed, as two Markdown tables."""
+    by_speed = sorted(measured, key=lambda one: one.asked_speed)
+    bounds = np.linspace(0, len(measured), 5).astype(int)
+    quarters = [by_speed[a:b] for a, b in pairwise(bounds)]
+    speeds = [f"{part[0].asked_speed:.1f} to {part[-1].asked_speed:.1f}" for part in quarters]
+    rows = [("all", by_speed), *zip(speeds, quarters, strict=True)]
+    tables = []
+    for title, shown in (
+        ("overlap, by asked speed in pixels a frame", lambda part: np.mean([one.overlap for one in part], axis=0)),
+        ("class right, %", lambda part: 100 * np.mean([one.class_right for one in part], axis=0)),
+    ):
+        frames, digits = len(measured[0].overlap), 1 if "%" in title else 3
+        lines = [[name, *(f"{value:.{digits}f}" for value in shown(part))] for name, part in rows]
+        titles = [title, *(f"frame {i + 1}" for i in range(frames))]
+        tables.append(output.table(titles, "l" + "r" * frames, lines))
+    return "\n\n".join(tables)
 
 
 def evaluate(folder: Path, count: int, progress: bool = True) -> tuple[list[Figure], list[Measured]]:
@@ -169,18 +208,40 @@ def table(figures: list[Figure]) -> str:
     return output.table(TITLES, "lrrrl", [figure.row() for figure in figures])
 
 
+def by_scale(svd: StableVideoDiffusion, clips: list[Clip], scales: list[float]) -> str:
+    """The video figures against the guidance scale, as a Markdown table."""
+    columns = []
+    for scale in scales:
+        videos = zip(generate(svd, clips, scale=scale), clips, strict=True)
+        columns.append(video_figures([against_truth(v, scene, bucket, fps) for v, (scene, fps, bucket, _) in videos]))
+    titles = ["measure", *(f"scale {scale:g}" for scale in scales)]
+    rows = [
+        [row[0].name, *(f"{figure.shown(figure.value)} {figure.unit}".strip() for figure in row)]
+        for row in zip(*columns, strict=True)
+    ]
+    return output.table(titles, "l" + "r" * len(scales), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out figures of the tiny model.")
     parser.add_argument("--model", type=Path, default=Path("weights/tiny"), help="the folder")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and every video's measures")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", metavar="S", help="only figures against these guidance scales"
+    )
     args = parser.parse_args()
-    if args.scenes < 2:
-        parser.error(f"--scenes is {args.scenes}; need at least 2 for an interval")
+    if args.scenes < 4:
+        parser.error(f"--scenes is {args.scenes}; need at least 4, one for each quarter of the speeds")
     if not (args.model / TEXT_ENCODER).is_file():
         parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools.tiny.train wrote")
+    if args.scales:
+        print(by_scale(minisvd.load(args.model), draw_clips(args.scenes), args.scales))
+        return
     figures, measured = evaluate(args.model, args.scenes)
-    print(f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}")
+    print(
+        f"{args.scenes} unseen scenes, {minisvd.load(args.model).generation}\n\n{table(figures)}\n\n{curves(measured)}"
+    )
     if args.json is not None:
         report = {"figures": [asdict(figure) for figure in figures], "videos": [asdict(one) for one in measured]}
         output.write_json(args.json, report)

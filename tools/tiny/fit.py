@@ -24,13 +24,22 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast: `steps` of `batch` items, peak learning rate `lr`; a report every `report` steps."""
+    """How long and how fast: `steps` of `batch` items, peak learning rate `lr`; a report every `report` steps.
+
+    The rate falls after a share `hold` of the steps.
+    """
 
     name: str
     steps: int
     batch: int
     lr: float
     report: int
+    hold: float = 0.0
+
+    def lr_at(self, step: int) -> float:
+        """lr * min(step / 100, (1 + cos(pi x)) / 2), with x the share that is done of the steps after `hold`."""
+        fallen = max(0.0, (step / self.steps - self.hold) / (1 - self.hold))
+        return self.lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * fallen))
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,9 @@ def fit(
 ) -> M:
     """Train what `build` returns for the stage's steps and return its moving average; goes on where a checkpoint ends.
 
-    AdamW unless `optimize` makes another; gradient norm at most 1, learning rate linear up over 100 steps and a cosine
-    down to zero. `loss` draws its share of the batch from a generator that only seed, stage, step and process fix: a
-    stopped run goes on as it would.
+    AdamW unless `optimize` makes another; gradient norm at most 1; learning rate linear up over 100 steps, held if the
+    stage says so, and a cosine down to zero. `loss` draws its share of the batch from a generator that only seed,
+    stage, step and process fix: a stopped run goes on as it would.
     """
     checkpoint = run.work / f"{stage.name}.pt"
     torch.manual_seed(run.seed)
@@ -114,9 +123,8 @@ def fit(
         where = [run.seed, run.stages.index(stage), step, run.rank]
         rng = np.random.default_rng(where)
         torch.manual_seed(int(rng.integers(2**32)))
-        lr = stage.lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / stage.steps))
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = stage.lr_at(step)
         value = loss(model, rng, stage.batch // run.processes)
         model.zero_grad()
         value.backward()
@@ -164,17 +172,33 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.flatten(1).shape, []).append(p)
-            for (m, n), alike in shapes.items():
+            directions = []
+            for alike in shapes.values():
                 nesterov = []
                 for p in alike:
                     assert p.grad is not None
                     past = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     past.lerp_(p.grad, 1 - group["momentum"])
                     nesterov.append(p.grad.lerp(past, group["momentum"]).flatten(1))
-                updates = orthogonalised(torch.stack(nesterov)).to(alike[0].dtype)
-                for p, update in zip(alike, updates, strict=True):
+                directions.append(torch.stack(nesterov))
+            for ((m, n), alike), updates in zip(shapes.items(), orthogonalised_together(directions), strict=True):
+                for p, update in zip(alike, updates.to(alike[0].dtype), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update.view_as(p), alpha=group["lr"] * 0.4 * max(m, n) ** 0.5)
+
+
+def orthogonalised_together(stacks: list[Tensor]) -> list[Tensor]:
+    """`orthogonalised` of each stack, [k, m, n]; of several processes with equal stacks, each does its part of them."""
+    if not distributed.is_initialized():
+        return [orthogonalised(stack) for stack in stacks]
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    parts = [torch.zeros_like(stack) for stack in stacks]
+    for part, stack in zip(parts, stacks, strict=True):
+        if len(stack) > rank:
+            part[rank::processes] = orthogonalised(stack[rank::processes]).to(part.dtype)
+    flat = torch.cat([part.flatten() for part in parts])
+    distributed.all_reduce(flat)  # where one process has a matrix, the others have zeros
+    return [whole.view_as(part) for whole, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

@@ -65,7 +65,12 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """One shape at its first position (x, y), pointing along `heading`, over a background."""
+    """One shape at its first position (x, y), pointing along `heading`, over a background.
+
+    The defaults of the rest are those of every standard scene. `wobble` is what a hand does to an outline: waves
+    (k, amplitude, phase) that multiply the radius at angle a by 1 + amplitude cos(k a + phase). `turn` rotates the
+    shape, not its heading; `line` is the width of a line of colour `line_rgb` along the outline.
+    """
 
     shape: str
     colour: str
@@ -75,16 +80,25 @@ class Scene:
     y: float
     heading: float
     background: Background
+    nose: bool = True
+    tail: bool = True
+    nose_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    turn: float = 0.0
+    wobble: tuple[tuple[int, float, float], ...] = ()
+    line: float = 0.0
+    line_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Track:
     """What `track` measured: positions [t, 2] as (x, y), nan where no shape was found; `rgb` and `shape` over all
-    frames; `heading` in radians and `speed` in pixels per frame of the straight line through the positions."""
+    frames, `shapes` in each, None where none was found; `heading` in radians and `speed` in pixels per frame of the
+    straight line through the positions."""
 
     positions: np.ndarray
     rgb: np.ndarray
     shape: str | None
+    shapes: tuple[str | None, ...]
     heading: float
     speed: float
 
@@ -122,6 +136,43 @@ def random_scene(rng: np.random.Generator) -> Scene:
     )
 
 
+def random_drawing(rng: np.random.Generator) -> tuple[Scene, ...]:
+    """What a hand might draw, one shape or two on one ground: the standard scenes, widened.
+
+    Light, plain or many-coloured grounds, shapes of any colour that stands out, of other sizes, turned, wobbly and
+    with an outline; of nose and tail, one may lack. Two shapes go their own ways, and may cross.
+    """
+    drawn, background = [], None
+    for _ in range(1 + (rng.random() < 0.25)):
+        scene = random_scene(rng)
+        background = background or _random_ground(rng, scene.background)
+        ground = (np.array(background.near) + background.far) / 2
+        rgb = np.array(scene.rgb)
+        while np.linalg.norm(rgb - ground) < 0.5:
+            rgb = rng.uniform(0, 1, 3)
+        tones = np.array([[1.0, 1.0, 1.0], [0.05, 0.05, 0.05], rng.uniform(0, 1, 3)])
+        contrast = np.minimum(np.linalg.norm(tones - ground, axis=1), np.linalg.norm(tones - rgb, axis=1))
+        line_rgb = tones[rng.integers(3)]
+        waves = [(k, rng.uniform(0, 0.2 / k), rng.uniform(-np.pi, np.pi)) for k in (2, 3, 4, 5, 7)]
+        cues = rng.integers(4)  # both in half of them
+        drawn.append(
+            replace(
+                scene,
+                rgb=_rgb(rgb),
+                radius=rng.uniform(5.5, 10.0),
+                background=background,
+                nose=bool(cues != 0),
+                tail=bool(cues != 1),
+                nose_rgb=_rgb(tones[contrast.argmax()]),
+                turn=float(rng.choice([0.0, rng.normal(0, 0.15), rng.uniform(-np.pi, np.pi)])),
+                wobble=tuple(waves) if rng.random() < 0.6 else (),
+                line=float(rng.uniform(1.0, 2.2)) if rng.random() < 0.3 else 0.0,
+                line_rgb=_rgb(line_rgb),
+            )
+        )
+    return tuple(drawn)
+
+
 def caption(scene: Scene) -> str:
     """`a red star moving up left over a navy gradient`: everything about a scene that has a name."""
     heading = HEADINGS[round(scene.heading / (np.pi / 4)) % 8]
@@ -137,11 +188,20 @@ def path(scene: Scene, motion_bucket: float, fps: float, frames: int = FRAMES) -
 
 def render(scene: Scene, positions: np.ndarray) -> np.ndarray:
     """Frames [t, 3, 64, 64], uint8, of the scene's shape at positions [t, 2], anti-aliased over one pixel."""
-    body, tail, nose = _coverage(scene, positions)
-    rgb = np.array(scene.rgb, np.float32)
-    frames = np.broadcast_to(_backdrop(scene.background), (len(positions), 3, SIZE, SIZE))
-    for coverage, colour in ((tail, TAIL_SHADE * rgb), (body, rgb), (nose, WHITE)):
-        frames = frames + coverage[:, None] * (colour[:, None, None] - frames)
+    return render_together((scene,), [positions])
+
+
+def render_together(drawn: tuple[Scene, ...], places: list[np.ndarray]) -> np.ndarray:
+    """Frames [t, 3, 64, 64], uint8, of several scenes' shapes, each at its positions [t, 2], on the first's ground."""
+    frames = np.broadcast_to(_backdrop(drawn[0].background), (len(places[0]), 3, SIZE, SIZE))
+    for scene, positions in zip(drawn, places, strict=True):
+        body, tail, nose = _coverage(scene, positions)
+        rgb, nose_rgb = np.array(scene.rgb, np.float32), np.array(scene.nose_rgb, np.float32)
+        for coverage, colour in ((tail, TAIL_SHADE * rgb), (body, rgb), (nose, nose_rgb)):
+            frames = frames + coverage[:, None] * (colour[:, None, None] - frames)
+            if scene.line and coverage is body:
+                line_rgb = np.array(scene.line_rgb, np.float32)[:, None, None]
+                frames = frames + _line(scene, positions)[:, None] * (line_rgb - frames)
     return np.round(255 * frames).astype(np.uint8)
 
 
@@ -167,7 +227,7 @@ def track(frames: np.ndarray, scene: Scene) -> Track:
     A pixel is the body's when its colour is nearer to the body's than to the backdrop's, the tail's and the nose's.
     A frame's position is the body's centroid, corrected by what the same rule gives on the true first frame (where
     tail and nose hide a part of it). A frame with under a third of the body's area shows no shape. The shape is the
-    class whose outline overlaps the body pixels best over all frames.
+    class whose outline overlaps the body pixels best: over all frames, and in each frame alone.
     """
     frames = frames.astype(np.float32) / 255 if frames.dtype == np.uint8 else frames.astype(np.float32)
     start = np.array([[scene.x, scene.y]])
@@ -177,14 +237,30 @@ def track(frames: np.ndarray, scene: Scene) -> Track:
     found = mask.sum((1, 2)) > truth.sum() / 3
     positions[~found] = np.nan
     if not found.any():
-        return Track(positions, np.full(3, np.nan), None, np.nan, np.nan)
+        return Track(positions, np.full(3, np.nan), None, (None,) * len(frames), np.nan, np.nan)
     rgb = np.median(frames.transpose(0, 2, 3, 1)[mask & found[:, None, None]], axis=0)
-    overlap = {shape: _overlap(replace(scene, shape=shape), positions[found], mask[found]) for shape in SHAPES}
+    names = list(SHAPES)
+    pixels = [_overlap(replace(scene, shape=shape), positions[found], mask[found]) for shape in names]
+    both, either = np.array(pixels).transpose(1, 0, 2)  # [shapes, frames where one was found] each
+    best = iter((both / either).argmax(axis=0))
+    shapes = tuple(names[next(best)] if there else None for there in found)
     velocity = np.full(2, np.nan)
     if found.sum() > 1:
         velocity = np.polyfit(np.flatnonzero(found), positions[found], 1)[0]
     heading, pace = np.arctan2(velocity[1], velocity[0]), np.hypot(*velocity)
-    return Track(positions, rgb, max(overlap, key=lambda shape: overlap[shape]), float(heading), float(pace))
+    shape = names[(both.sum(axis=1) / either.sum(axis=1)).argmax()]
+    return Track(positions, rgb, shape, shapes, float(heading), float(pace))
+
+
+def same_place(frames: np.ndarray, truth: np.ndarray, scene: Scene) -> np.ndarray:
+    """[t]: intersection over union of the shape in frames [t, 3, 64, 64] and in the true ones, floats in [0, 1].
+
+    A pixel is the shape's when its colour is nearer to the shape's than half-way to the backdrop's at that place.
+    """
+    rgb = np.array(scene.rgb, np.float32)[:, None, None]
+    half_way = np.linalg.norm(rgb - _backdrop(scene.background), axis=0) / 2
+    found, expected = (np.linalg.norm(clip - rgb, axis=1) < half_way for clip in (frames, truth))
+    return (found & expected).sum((1, 2)) / (found | expected).sum((1, 2))
 
 
 def angle_between(a: float, b: float) -> float:
@@ -218,6 +294,25 @@ def _star_distance(x: np.ndarray, y: np.ndarray, shape: str) -> np.ndarray:
     return normal_x * (rho * np.cos(angle) - outer) + normal_y * rho * np.sin(angle)
 
 
+def _body_distance(scene: Scene, positions: np.ndarray) -> np.ndarray:
+    """Signed distance to the body's outline in units of the radius, [t, 64, 64]; of a wobbly one, nearly."""
+    grid_x, grid_y = _pixel_centres()
+    centre_x, centre_y = positions.T.astype(np.float32)[:, :, None, None]
+    x, y = (grid_x - centre_x) / scene.radius, (grid_y - centre_y) / scene.radius
+    if scene.wobble:
+        angle = np.arctan2(y, x)
+        stretch = 1 + sum(amplitude * np.cos(k * angle + phase) for k, amplitude, phase in scene.wobble)
+        x, y = x / stretch, y / stretch
+    cos, sin = float(np.cos(scene.turn)), float(np.sin(scene.turn))
+    return _star_distance(x * cos + y * sin, y * cos - x * sin, scene.shape)
+
+
+def _line(scene: Scene, positions: np.ndarray) -> np.ndarray:
+    """How much of each pixel the line along the outline covers, [t, 64, 64] in [0, 1]: it lies inside the body."""
+    distance = scene.radius * _body_distance(scene, positions)
+    return np.clip(0.5 - np.maximum(distance, -distance - scene.line), 0, 1).astype(np.float32)
+
+
 def _coverage(scene: Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How much of each pixel body, tail and nose cover, [t, 64, 64] in [0, 1]."""
     r = scene.radius
@@ -229,9 +324,22 @@ def _coverage(scene: Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarr
     tail_end, tail_width = -2.5, 0.75  # a wedge from the centre to its tip
     tail = np.maximum(np.abs(across) - tail_width * (along - tail_end) / -tail_end, along)
     nose = np.hypot(along - 0.8, across) - 0.36
-    body = _star_distance(x, y, scene.shape)
-    body, tail, nose = (np.clip(0.5 - r * distance, 0, 1).astype(np.float32) for distance in (body, tail, nose))
-    return body, tail, nose
+    distances = (_body_distance(scene, positions), tail, nose)
+    body, tail, nose = (np.clip(0.5 - r * distance, 0, 1).astype(np.float32) for distance in distances)
+    return body, tail * scene.tail, nose * scene.nose
+
+
+def _random_ground(rng: np.random.Generator, dark: Background) -> Background:
+    """A ground for drawings: as it is in one of three, else light or of any colour; in half of those, plain."""
+    kind = rng.integers(3)
+    if kind == 0:
+        return dark
+    near = rng.uniform(0.75, 1.0) * np.ones(3) - rng.uniform(0, 0.12, 3) if kind == 1 else rng.uniform(0, 1, 3)
+    plain = rng.random() < 0.5
+    far = near if plain else np.clip(near * rng.uniform(0.6, 1.0) + rng.uniform(-0.05, 0.05, 3), 0, 1)
+    white = kind == 1 and plain and rng.random() < 0.5
+    near, far = (np.ones(3), np.ones(3)) if white else (near, far)
+    return replace(dark, near=_rgb(near), far=_rgb(far))
 
 
 def _backdrop(background: Background) -> np.ndarray:
@@ -261,7 +369,7 @@ def _centroids(mask: np.ndarray) -> np.ndarray:
     return np.stack([(mask * grid).sum((1, 2)) / area for grid in _pixel_centres()], axis=1)
 
 
-def _overlap(scene: Scene, positions: np.ndarray, mask: np.ndarray) -> float:
-    """Intersection over union of `mask` and what the body mask of a true render at these positions is."""
+def _overlap(scene: Scene, positions: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [t] of intersection and union of `mask` with the body mask of a true render at these positions."""
     expected = _body_mask(render(scene, positions).astype(np.float32) / 255, scene)
-    return float((mask & expected).sum() / (mask | expected).sum())
+    return (mask & expected).sum((1, 2)), (mask | expected).sum((1, 2))
