@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -318,7 +319,11 @@ def test_a_real_ctrl_c_while_sampling_ends_with_130(tiny_folder: Path, photo: Pa
     """`python -m minisvd`, SIGINT in the middle of 100,000 steps: status 130, no traceback, nothing written."""
     argv = ["generate", photo.name, "-o", "clip.mp4", "--model", str(tiny_folder), *FAST, "--steps", "100000"]
     environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1])}
-    terminal, stderr = os.openpty()  # no bar would say that sampling began, were it no terminal
+    import fcntl  # there are no terminals like these on Windows
+    import termios
+
+    terminal, stderr = os.openpty()  # no bar would say that sampling began, were it no terminal, of a size
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "minisvd", *argv],
         env=environment,
