@@ -62,6 +62,7 @@ DRAWINGS: dict[str, tuple[tuple[int, int, int], list[Figure]]] = {
     "fish": (DARK, [Figure(FISH, YELLOW, 18, 32, 0.0, tail=False)]),
     "two that part": (DARK, [Figure(blob(7, seed=4), RED, 36, 20, 0.0), Figure(blob(8, 4), BLUE, 28, 46, math.pi)]),
 }
+PAIR = ("circle on a dark ground", "house on white")  # draw this, not that: the README's
 
 
 def draw(ground: tuple[int, int, int], figures: list[Figure], travelled: float) -> np.ndarray:
@@ -112,8 +113,10 @@ def main() -> None:
         rows.append([name, *(f"{value:.2f}" for value in (each[0], each.mean(), each[-1]))])
     print(table(["drawing", "overlap in the first frame", "in all", "in the last"], "lrrr", rows))
     sheet = np.concatenate([truth[:, :1], np.ones_like(truth[:, :1]), made], axis=1)
-    save_png(as_image(torch.from_numpy(rearrange(sheet, "r t c h w -> (r h) (t w) c")), zoom=2), args.out)
-    print(args.out)
+    pair = sheet[[list(DRAWINGS).index(name) for name in PAIR]]
+    for rows_shown, path in ((sheet, args.out), (pair, args.out.with_name(f"{args.out.stem}-pair.png"))):
+        save_png(as_image(torch.from_numpy(rearrange(rows_shown, "r t c h w -> (r h) (t w) c")), zoom=2), path)
+        print(path)
 
 
 if __name__ == "__main__":
