@@ -130,6 +130,7 @@ def test_info_counts_the_parameters(tiny_folder: Path, capsys: pytest.CaptureFix
     assert all(f"{number:,} parameters" in text for number in report["parameters"].values())
 
 
+@pytest.mark.slow
 def test_bars_are_drawn_on_a_terminal_and_never_beside_json(
     tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_columns_of_info_are_apart_and_verify_fits_80_columns(
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_zoom_makes_each_pixel_a_square(tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--zoom 3` is the same video, nearest neighbours; what is no zoom is refused before any work."""
     argv = ["generate", photo.name, "--model", str(tiny_folder), *FAST]
@@ -167,6 +169,7 @@ def test_zoom_makes_each_pixel_a_square(tiny_folder: Path, photo: Path, capsys: 
         assert sentence in refusal(capsys, *argv, "-o", "other", "--zoom", zoom)
 
 
+@pytest.mark.slow
 def test_the_small_model_says_what_it_is_to_pictures_that_it_does_not_know(
     photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +187,7 @@ def test_the_small_model_says_what_it_is_to_pictures_that_it_does_not_know(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.slow
 def test_scenes_are_known_to_the_small_model() -> None:
     """Each of 24; the same pictures with their pixels shuffled are not."""
     rng = np.random.default_rng(5)

@@ -24,6 +24,8 @@ from minisvd import SpatioTemporalUNet, UNetConfig, checkpoint_activations, fold
 from minisvd.attention import Attention, BasicTransformerBlock, SpatioTemporalTransformer
 from minisvd.config import Vcut
 
+pytestmark = pytest.mark.slow
+
 BUILDS: tuple[Vcut, ...] = (False, "lossless", True)
 CONFIG = UNetConfig(
     block_out_channels=UNET["block_out_channels"],

@@ -18,6 +18,8 @@ from tools.measure import embedding_similarity as tool
 from tools.measure import metrics
 from tools.tiny import scenes
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("clip.mp4", "clip.gif", "clip.webp", "clip")
 TIMM = "vit_tiny_patch16_224"
 

@@ -25,6 +25,8 @@ from tools.tiny.evaluate import (
     video_figures,
 )
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "weights" / "tiny"
 CLIPS = draw_clips(40, seed=5)
 

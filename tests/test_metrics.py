@@ -23,6 +23,8 @@ import minisvd
 from tools.measure import metrics
 from tools.tiny import scenes
 
+pytestmark = pytest.mark.slow
+
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))

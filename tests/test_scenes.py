@@ -5,8 +5,11 @@ Controls: on a clip in another order, or of the backdrop alone, the same measure
 """
 
 import numpy as np
+import pytest
 
 from tools.tiny import scenes
+
+pytestmark = pytest.mark.slow
 
 
 def clips(count: int, seed: int) -> list[tuple[scenes.Scene, int, int, np.ndarray]]:
