@@ -236,7 +236,7 @@ class SpatioTemporalUNet(nn.Module):
     def down(self, x: Tensor, emb: Tensor, conditions: Conditions) -> tuple[Tensor, list[Tensor]]:
         """The bottom's x and the skips, 12 in the released model: x itself and what each layer below it returns."""
         skips = [x]
-        for block, condition in zip(self.down_blocks, conditions, strict=False):
+        for block, condition in zip(self.down_blocks, conditions[: len(self.down_blocks)], strict=True):
             x, more = block(x, emb, condition)  # [50,320,36,64], [50,640,18,32], [50,1280,9,16], [50,1280,9,16]
             skips += more
         return x, skips
