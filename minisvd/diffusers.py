@@ -9,6 +9,8 @@ weights go both ways; what is here is the other UNet's manner of being called, c
 The residual blocks run at the eps of the original training code, 1e-5; diffusers runs most of them at 1e-6.
 """
 
+# ruff: noqa: ARG002 (the arguments of __init__ are read from self.config, where diffusers' decorator puts them)
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,7 +37,7 @@ REPLACE = "SVD's attentions take no processors here: replace the module, such as
 
 
 class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
-    """`network`, a SpatioTemporalUNet, called as diffusers calls its own: the config's fields are diffusers', and `vcut`.
+    """`network`, a SpatioTemporalUNet, called as diffusers calls its own; the config has diffusers' fields and `vcut`.
 
     Both have one dictionary of children, so that names have no prefix and a layer replaced here is replaced there.
     Raises ValueError naming the first field that no such UNet can have.
@@ -93,7 +95,7 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
         added_time_ids: Tensor,
         return_dict: bool = True,
     ) -> UNetSpatioTemporalConditionOutput | tuple[Tensor]:
-        """F(sample [b,t,8,h,w], timestep = 0.25 ln sigma, a number, 0-d or [b]; embedding, numbers) as `.sample` or [0].
+        """F as `.sample` or [0]; timestep is c_noise = 0.25 ln sigma, a number, 0-d or [b].
 
         encoder_hidden_states is [b,1,c'], or [b*t,1,c'] with one key per frame.
         Raises ValueError for sides that are no multiples of the network's stride, and for keys of another number.
@@ -103,7 +105,9 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
         if sample.shape[-2] % stride or sample.shape[-1] % stride:
             raise ValueError(f"sample is {list(sample.shape)}; need a height and width that are multiples of {stride}")
         if len(keys) not in (b, b * t):
-            raise ValueError(f"encoder_hidden_states is {list(keys.shape)}; need one row a video, {b}, or a frame, {b * t}")
+            raise ValueError(
+                f"encoder_hidden_states is {list(keys.shape)}; need one row a video, {b}, or a frame, {b * t}"
+            )
         if len(keys) != b:
             keys = rearrange(keys, "(b t) k c -> b t k c", b=b)
         level = torch.as_tensor(timestep, device=sample.device).expand(b)
@@ -111,7 +115,7 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
         return UNetSpatioTemporalConditionOutput(sample=out) if return_dict else (out,)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = partial(checkpoint, use_reentrant=False)
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint
     ) -> None:
         self.gradient_checkpointing = enable
         for module in self.modules():
@@ -136,6 +140,9 @@ def fold(network: SpatioTemporalUNet, vcut: Vcut) -> SpatioTemporalUNet:
         folded = SpatioTemporalUNet(network.config, vcut)
     state, table = network.state_dict(), rules("unet", FOLDER, network.config, fold=network.config.vcut is False)
     plan = {name: sources(name, *table) for name in folded.state_dict()}
-    new = {name: join(*(state[source] for source in names)).to(state[names[0]].dtype) for name, (names, join) in plan.items()}
+    new = {
+        name: join(*(state[source] for source in names)).to(state[names[0]].dtype)
+        for name, (names, join) in plan.items()
+    }
     folded.load_state_dict(new, assign=True)
     return folded
