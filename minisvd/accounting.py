@@ -13,6 +13,7 @@ Axes as in attention.py: b batch (2 in a guided step), t frames, c channels, h w
 Source of the figures to compare with: arXiv 2407.19205, Tables II and III; its counter does not see the matmuls.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -125,8 +126,8 @@ class RunCost:
 
     full            PUBLISHED, every step guided
     by_sharing      saved by projecting each condition once for all frames and places that it serves
-    by_build        saved by the build: no cross-attention in any step, less its linears, once a video. For vcut=True
-                    all but those linears is the fold's: omitting TCA saves parameters and no more work in a step
+    by_build        saved by the build: the cross-attentions of every step, less what its linears cost once a video. A
+                    folded attention costs nothing in a step, so True saves hardly more work than "lossless"
     by_guidance     saved by running one branch instead of two from cut_step on
     """
 
@@ -165,42 +166,93 @@ def run_cost(
     return RunCost(guided, steps - guided, full, full - shared, shared - built, built - macs, macs)
 
 
+def table(sites: Iterable[Site]) -> str:
+    """What each kind costs, and all of them. G is 10^9 MACs, of one forward or once a video."""
+    sites = list(sites)
+    lines = [f"{'kind (G = 10^9 MACs)':<24}{'parameters':>14}{'G a step':>12}{'q k^T, a v':>12}{'G once':>9}"]
+    for name, cost in (by_kind(sites) | {"total": total(sites)}).items():
+        macs = f"{cost.macs / 1e9:>12,.2f}{cost.matmul / 1e9:>12,.2f}{cost.once / 1e9:>9,.2f}"
+        lines.append(f"{name:<24}{cost.parameters:>14,}{macs}")
+    return "\n".join(lines)
+
+
+def ledger(run: RunCost) -> str:
+    """Where the MACs of a run went, from the full ones down to its own. T is 10^12."""
+    lines = [f"{run.guided + run.single} steps, {run.guided} guided and {run.single} on one branch (T = 10^12 MACs)"]
+    for name, macs in (
+        ("as diffusers runs it, every step guided", run.full),
+        ("saved: a video's conditions projected once", -run.by_sharing),
+        ("saved: cross-attentions folded or omitted", -run.by_build),
+        ("saved: guidance dropped", -run.by_guidance),
+        ("this run", run.macs),
+    ):
+        lines.append(f"{name:<44}{macs / 1e12:>10,.2f} T{macs / run.full:>9.2%}")
+    return "\n".join(lines)
+
+
+def drawn_in(text: str, encoding: str) -> str:
+    """`text` with ASCII lines and arrows for a terminal whose encoding has no others."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(str.maketrans("╭╰│─▶→", ",'|->>"))
+    return text
+
+
 def tree(blocks: Iterable[Block]) -> str:
     """The U as it runs, a line for each block: skips as brackets on the left, depth as indentation.
 
-    Shapes are (c, h, w) of each frame; G is 10^9 MACs of one forward.
+    Channels are those that enter, + the skip's, → those that leave; h x w is the grid that leaves, of each frame; G is
+    10^9 MACs of one forward.
     """
     blocks = list(blocks)
-    width, held, lines = sum(block.keeps for block in blocks), 0, []
-    for block in blocks:
+    names = list(under_heads(block.name for block in blocks))
+    width, held = sum(block.keeps for block in blocks), 0
+    wide = max(len(name) + 2 * block.level for (_, name), block in zip(names, blocks, strict=True))
+    high = max(len(grid(block)) for block in blocks)
+    head = f"{'':<{width + 1}} {'block':<{wide}} {'channels':>16} {'h x w':>{high}} {'parameters':>11} {'G':>8}"
+    lines = [head]
+    for (stage, name), block in zip(names, blocks, strict=True):
+        indent, cost = "  " * block.level, total(block.sites)
+        if stage:
+            lines.append(f"{'│' * held:<{width + 1}} {indent}{stage}")
         held -= block.skip > 0
-        corner = "╭" if block.keeps else "╰" if block.skip else " "
-        reach = " " if corner == " " else "─"
-        margin = "│" * held + corner + reach * (width - held) + ("▶" if block.skip else reach)
+        corner, line, end = ("╭", "─", "─") if block.keeps else ("╰", "─", "▶") if block.skip else (" ", " ", " ")
+        margin = ("│" * held + corner + line * (width - held - 1) + end)[: width + 1]
         held += block.keeps
-        c, *grid = map(str, block.enters)
-        enters = [f"{c}+{block.skip}" if block.skip else c, *grid]
-        shapes = f"[{', '.join(enters)}]", f"[{', '.join(map(str, block.leaves))}]"
-        lines.append(row(margin, "  " * block.level + block.name, *shapes, total(block.sites)))
+        enters = f"{block.enters[0]}+{block.skip}" if block.skip else f"{block.enters[0]}"
+        shape = f"{enters:>9} → {block.leaves[0]:<4} {grid(block):>{high}}"
+        lines.append(f"{margin} {indent + name:<{wide}} {shape} {cost.parameters:>11,} {cost.macs / 1e9:>8,.2f}")
     everything = total(site for block in blocks for site in block.sites)
-    head = f"{'':<{width + 2}} {'block':<34} {'enters':>19}   {'leaves':<15} {'parameters':>13} {'G':>9}"
-    return "\n".join([head, *lines, row(" " * (width + 2), "total", "", "", everything, arrow=" ")])
+    label, numbers = f"{'':<{width + 1}} total", f"{everything.parameters:,} {everything.macs / 1e9:,.2f}"
+    return "\n".join([*lines, f"{label}{numbers:>{len(head) - len(label)}}"])
 
 
-def row(margin: str, name: str, enters: str, leaves: str, cost: Cost, arrow: str = "→") -> str:
-    """One line of a tree."""
-    numbers = f"{cost.parameters:>13,} {cost.macs / 1e9:>9,.2f}"
-    return f"{margin} {name:<34} {enters:>19} {arrow} {leaves:<15} {numbers}"
+def grid(block: Block) -> str:
+    """h x w of what leaves a block, or nothing if that has no place."""
+    return "x".join(map(str, block.leaves[1:]))
 
 
 def opened(block: Block) -> str:
     """A block's sites in running order; G is 10^9 MACs of one forward, M 10^6 once a video."""
-    lines = [f"{'inside ' + block.name:<49} {'kind':<23} {'parameters':>13} {'G':>9} {'M once':>7}"]
-    for site in block.sites:
-        name = site.name.removeprefix(block.name + ".") + (": q k^T, a v" if site.matmul else "")
-        numbers = f"{site.parameters:>13,} {site.macs / 1e9:>9,.2f} {site.once / 1e6:>7.2f}"
-        lines.append(f"{name:<49} {site.kind:<23} {numbers}")
+    head = f"{'site':<24} {'kind':<23} {'parameters':>10} {'G':>8} {'M once':>7}"
+    lines = [f"inside {block.name}:", head]
+    names = (site.name.removeprefix(block.name + ".") for site in block.sites)
+    for (part, name), site in zip(under_heads(names), block.sites, strict=True):
+        name += ": q k^T, a v" if site.matmul else ""
+        numbers = f"{site.parameters:>10,} {site.macs / 1e9:>8,.2f} {site.once / 1e6:>7.2f}"
+        lines += [part] * bool(part) + [f"{name:<24} {site.kind:<23} {numbers}"]
     return "\n".join(lines)
+
+
+def under_heads(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each name as (the line to come before it, or "", and what is left of it): (down_blocks.0, "  resnets.0")."""
+    last = ""
+    for name in names:
+        match = re.fullmatch(r"(\w+_blocks?(?:\.\d+)?)\.(.+)", name)
+        head, rest = match.groups() if match else ("", name)
+        yield (head if head != last else ""), ("  " + rest if head else rest)
+        last = head
 
 
 # --- the walk -----------------------------------------------------------------------------------------------------

@@ -17,21 +17,21 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from . import __version__
-from .video import check_output, is_written
+from .config import DTYPES, VCUT, Fit, Stage2
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tqdm import tqdm
 
-    from .config import GenerationConfig, UNetConfig
+    from .jobs import Job
     from .pipeline import StableVideoDiffusion
-    from .triviality import SiteCheck
 
-VCUT = {None: None, "off": False, "on": True, "lossless": "lossless"}  # None: as the source was built
-PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
 LONGEST_RANGE = 10_000  # seeds; more is a typing error, not a wish
 OUT_OF_MEMORY = "out of memory: try --decode-chunk 1, a smaller --size, fewer --frames, or --dtype float16"
 
@@ -72,37 +72,19 @@ def complain(sentence: str) -> int:
 # --- generate -----------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """A video to make, and where it goes."""
-
-    image: Path
-    seed: int
-    path: Path
-
-
 def generate(args: argparse.Namespace) -> None:
     """A video for each image and seed. Prints their paths, or with --json one object that says how they were made."""
+    from .images import open_image
+    from .jobs import find_images, naming, plan
+    from .pipeline import check_settings
+    from .video import check_zoom
+
     began = time.perf_counter()
     images, seeds = find_images(args.image), args.seeds or [args.seed or 0]
     default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
     folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
     jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {
-        "num_frames": args.frames,
-        "steps": args.steps,
-        "fps": args.fps,
-        "motion_bucket": args.motion_bucket,
-        "noise_aug": args.noise_aug,
-        "guidance": args.guidance and tuple(args.guidance),
-        "cut_step": args.cut_step,
-        "stage2": args.stage2,
-        "size": args.size,
-        "fit": args.fit,
-        "decode_chunk": args.decode_chunk,
-    }
-    from .images import open_image
-    from .pipeline import check_settings
-
+    settings = {name: getattr(args, name) for name in signature(check_settings).parameters}
     check_settings(**settings)
     for image in dict.fromkeys(job.image for job in jobs):
         open_image(image)
@@ -111,27 +93,35 @@ def generate(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {"videos": [], "skipped": [str(job.path) for job in skipped], "model": args.model}
     if jobs:
         svd = load(args)
+        check_zoom(args.zoom, args.size or svd.generation.size)
+        tell_strangers(svd, jobs, args.fit)
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
         report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        report |= {"frames": used.pop("num_frames"), **used, "videos": make(svd, jobs, settings, say=not args.json)}
+        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom}
+        report["videos"] = make(svd, jobs, settings, args.zoom, say=not args.json)
     if args.json:
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
 
 
-def make(svd: StableVideoDiffusion, jobs: list[Job], settings: dict[str, Any], say: bool) -> list[dict[str, Any]]:
+def make(
+    svd: StableVideoDiffusion, jobs: list[Job], settings: dict[str, Any], zoom: int, say: bool
+) -> list[dict[str, Any]]:
     """Make and write the videos, and `say` the path of each on stdout. Returns what the JSON has of them.
 
-    One bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding.
+    One bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding; none
+    with --json, and none where stderr is no terminal.
     """
     from tqdm import tqdm
 
     made, single, steps = [], len(jobs) == 1, settings["steps"] or svd.generation.steps
-    with tqdm(total=len(jobs), desc="videos", unit="video", disable=single) as bar:
+    shown = say and sys.stderr.isatty()
+    with tqdm(total=len(jobs), desc="videos", unit="video", disable=single or not shown) as bar:
         for job in jobs:
             started = time.perf_counter()
             show = partial(show_step, bar, f"{steps}, seed {job.seed}, {job.image.name}")
-            svd(job.image, seed=job.seed, callback=show, progress=single, **settings).save(job.path)
+            video = svd(job.image, seed=job.seed, callback=show, progress=single and shown, **settings)
+            video.enlarged(zoom).save(job.path)
             seconds = round(time.perf_counter() - started, 3)
             made.append({"image": str(job.image), "seed": job.seed, "path": str(job.path), "seconds": seconds})
             bar.update()
@@ -141,82 +131,22 @@ def make(svd: StableVideoDiffusion, jobs: list[Job], settings: dict[str, Any], s
     return made
 
 
+def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job], fit: str) -> None:
+    """One line, if the model that ships is given pictures of another kind than the one that it was trained on."""
+    from .images import load_image
+    from .pipeline import FAMILIAR
+
+    images = {job.image for job in jobs} if svd.source == "tiny" else set()
+    strange = sorted(path for path in images if svd.familiarity(load_image(path, svd.generation.size, fit)) < FAMILIAR)
+    if strange:
+        more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
+        about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
+        print(f"minisvd: {strange[0]}{more} {about}; for photos: --model svd-xt, the official weights", file=sys.stderr)
+
+
 def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
     """Write beside the bar over the videos which step the present one has taken."""
     bar.set_postfix_str(f"step {step} of {rest}")
-
-
-def find_images(given: list[Path]) -> list[Path]:
-    """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens.
-
-    Hidden files are left out, folders inside are not searched. Raises FileNotFoundError for a folder without images.
-    """
-    from PIL import Image
-
-    extensions = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = []
-    for path in given:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        found = [p for p in inside if p.suffix.lower() in extensions and p.is_file() and not p.name.startswith(".")]
-        if path.is_dir() and not found:
-            raise FileNotFoundError(f"there are no images in {path} itself: give another folder, or name the files")
-        images += found or [path]
-    return images
-
-
-def naming(output: Path, template: str | None, default: str, images: int, seeds: int) -> tuple[Path, str]:
-    """The folder that the videos go to, and the template of their names in it.
-
-    `template` itself, in the folder `output`; or if it is None, `default` in that folder; or `output` if it is none.
-    Raises ValueError for a template that no video, or only one of several, could be named by, and FileNotFoundError for
-    one without its folder.
-    """
-    folder, remedy = output, ""
-    if template is not None:
-        if not template or Path(template).name != template:
-            raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
-        if not output.is_dir():
-            raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
-    elif output.is_dir():
-        template = default
-    else:
-        folder, template, remedy = Path(), str(output), "give an existing folder, or "
-    for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
-        if placeholder not in PLACEHOLDERS:
-            raise ValueError(f"{placeholder} in {template} means nothing: use {', '.join(PLACEHOLDERS)}")
-    if images > 1 and "{stem}" not in template:
-        raise ValueError(f"{template} is one name for {images} images: {remedy}put {{stem}} in it")
-    if seeds > 1 and "{seed}" not in template and "{index}" not in template:
-        raise ValueError(f"{template} is one name for {seeds} seeds: {remedy}put {{seed}} in it")
-    return folder, template
-
-
-def plan(
-    images: list[Path], seeds: list[int], folder: Path, template: str, skip_existing: bool
-) -> tuple[list[Job], list[Job]]:
-    """What is to be made, image by image and seed by seed, and what is there already, if that is to be skipped.
-
-    Raises what `check_output` raises, and ValueError where a video would replace another or one of the images.
-    """
-    jobs, skipped, taken, sources = [], [], set(), {image.resolve() for image in images}
-    for image in images:
-        for index, seed in enumerate(seeds):
-            path = folder / fill(template, stem=image.stem, seed=seed, index=index)
-            there = skip_existing and is_written(path)
-            if not there:
-                check_output(path)
-            if path in taken:
-                raise ValueError(f"two images would be written to {path}: rename one, or run them one by one")
-            if path.resolve() in sources:
-                raise ValueError(f"{path} is one of the images: choose another output")
-            taken.add(path)
-            (skipped if there else jobs).append(Job(image, seed, path))
-    return jobs, skipped
-
-
-def fill(template: str, **values: object) -> str:
-    """`template` with each {name} replaced by its value, at once, so that a value with braces stays as it is."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
@@ -232,12 +162,9 @@ def info(args: argparse.Namespace) -> None:
         print(json.dumps(report | {"generation": generation, "versions": versions()}))
         return
     rows = {"source": svd.source, "layout": svd.layout, **placement(svd)}
-    rows |= {
-        name: f"{parameters:,} parameters" for name, parameters in (parts | {"total": sum(parts.values())}).items()
-    }
-    rows |= {name: value for name, value in generation.items() if value is not None}
-    for name, value in rows.items():
-        print(f"{name:<12}{value}")
+    rows |= {name: f"{count:,} parameters" for name, count in {**parts, "total": sum(parts.values())}.items()}
+    for name, value in (rows | generation).items():
+        print(f"{name:<14}{value}")
 
 
 # --- verify -------------------------------------------------------------------------------------------------------
@@ -249,50 +176,26 @@ def verify(args: argparse.Namespace) -> int:
 
     from .attention import CachedCondLinear
     from .checkpoint import load_unet
-    from .triviality import check_site, cross_attentions
+    from .triviality import check_site, cross_attentions, table
 
     unet = load_unet(args.model, variant=args.variant, revision=args.revision, offline=args.offline)
     attentions = cross_attentions(unet)
-    bar = tqdm(attentions.items(), desc="sites", leave=False)
+    bar = tqdm(attentions.items(), desc="sites", leave=False, disable=args.json or None)
     sites = [check_site(name, attention) for name, attention in bar]
     holding = sum(site.holds for site in sites)
     parameters = sum(p.numel() for p in unet.parameters())
     if args.json:
         rows = [asdict(site) | {"holds": site.holds} for site in sites]
-        report = {
-            "model": args.model,
-            "vcut": unet.config.vcut,
-            "sites": rows,
-            "hold": holding,
-            "parameters": parameters,
-        }
-        report |= {"dead_parameters": sum(site.report.dead.numel for site in sites), "versions": versions()}
-        print(json.dumps(report))
+        dead = sum(site.report.dead.numel for site in sites)
+        report = {"model": args.model, "vcut": unet.config.vcut, "sites": rows, "hold": holding}
+        print(json.dumps({**report, "parameters": parameters, "dead_parameters": dead, "versions": versions()}))
     elif not sites:
         linear = sum(isinstance(module, CachedCondLinear) for module in unet.modules())
         built = f"the UNet is built with vcut={unet.config.vcut!r}, {linear} sites are linear maps already"
         print(f"nothing to check: {built}; give the model that it was converted from")
     else:
-        print_sites(sites, holding, parameters)
+        print(table(sites, parameters))
     return int(holding < len(sites))
-
-
-def print_sites(sites: list[SiteCheck], holding: int, parameters: int) -> None:
-    """The table of `verify`, differences relative to the largest |attention|, and its totals.
-
-    SCA and TCA are the spatial and the temporal cross-attention; "two keys" is the control, the query's effect then.
-    """
-    print(f"{'site':<27} kind  width  |attention - linear|  query sensitivity  two keys  dead parameters")
-    for site in sites:
-        place, kind = ".".join(site.name.split(".")[:-3]), "TCA" if "temporal" in site.name else "SCA"
-        dead = f"{site.report.dead.numel:,} {', '.join(site.report.dead.names)}".replace(".weight", "")
-        query, control = (q.relative for q in (site.report.query, site.report.control.query))
-        numbers = f"{site.width:>5}  {site.relative:>20.1e}  {query:>17.1e}  {control:>8.1e}"
-        print(f"{place:<27} {kind:<4}  {numbers}  {dead}{'' if site.holds else '  FAILS'}")
-    error, query = (max(values) for values in zip(*((s.relative, s.report.query.relative) for s in sites), strict=True))
-    print(f"{holding} of {len(sites)} sites hold: |attention - linear| <= {error:.1e}, query <= {query:.1e}")
-    dead = sum(site.report.dead.numel for site in sites)
-    print(f"{dead:,} of the UNet's {parameters:,} parameters are dead in them ({dead / parameters:.1%})")
 
 
 # --- account ------------------------------------------------------------------------------------------------------
@@ -300,9 +203,11 @@ def print_sites(sites: list[SiteCheck], holding: int, parameters: int) -> None:
 
 def account(args: argparse.Namespace) -> None:
     """Parameters and MACs of a model's UNet, from its configuration alone: nothing is computed, no weights are read."""
-    from .accounting import BUILDS, by_kind, opened, run_cost, total, tree, unet_blocks
+    from .accounting import BUILDS, by_kind, drawn_in, ledger, opened, run_cost, table, total, tree, unet_blocks
+    from .checkpoint import resolve_configs
 
-    config, factor, generation = configuration(args.model, args.offline)
+    configs, generation = resolve_configs(args.model, args.offline)
+    config, factor = configs["unet"], configs["vae"].factor
     vcut = config.vcut if args.vcut is None else VCUT[args.vcut]
     frames = generation.num_frames if args.frames is None else args.frames
     steps = generation.steps if args.steps is None else args.steps
@@ -316,61 +221,20 @@ def account(args: argparse.Namespace) -> None:
     branches = 2 if run.guided else 1
     blocks = list(unet_blocks(config, frames, latent, branches, build))
     sites = [site for block in blocks for site in block.sites]
-    cost, kinds = total(sites), by_kind(sites)
-    asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
-    asked |= {"cut_step": args.cut_step, "branches": branches}
     if args.json:
-        report = {"kinds": {kind: asdict(each) for kind, each in kinds.items()}, "total": asdict(cost)}
-        report |= {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
-        print(json.dumps({**asked, **report, "run": asdict(run)}))
+        asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
+        asked |= {"cut_step": args.cut_step, "branches": branches}
+        kinds = {kind: asdict(cost) for kind, cost in by_kind(sites).items()}
+        drawn = {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
+        print(json.dumps({**asked, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}))
         return
-
     step = f"one {'guided' if run.guided else 'single'} step, {branches} x {frames} frames of {width}x{height}"
-    print(f"UNet of {args.model}, vcut={vcut!r}: {step}\n")
+    parts = [table(sites)]
     if args.tree:
         first = {block.name.split(".")[-2]: block for block in reversed(blocks) if "." in block.name}
-        print(tree(blocks), opened(first["resnets"]), opened(first["attentions"]), sep="\n\n")
-    else:
-        print(f"{'kind (G = 10^9 MACs)':<24}{'parameters':>14}{'G a step':>12}{'q k^T, a v':>12}{'G once':>9}")
-        for name, each in [*kinds.items(), ("total", cost)]:
-            macs = "".join(f"{n / 1e9:>{wide},.2f}" for n, wide in ((each.macs, 12), (each.matmul, 12), (each.once, 9)))
-            print(f"{name:<24}{each.parameters:>14,}{macs}")
-    print(f"\n{steps} steps, {run.guided} guided and {run.single} on one branch (T = 10^12 MACs)")
-    ledger = {
-        "as diffusers runs it, every step guided": run.full,
-        "saved: a video's conditions projected once": -run.by_sharing,
-        "saved: cross-attentions folded or omitted": -run.by_build,
-        "saved: guidance dropped": -run.by_guidance,
-        "this run": run.macs,
-    }
-    for name, macs in ledger.items():
-        print(f"{name:<44}{macs / 1e12:>10,.2f} T{macs / run.full:>9.2%}")
-
-
-def configuration(source: str, offline: bool) -> tuple[UNetConfig, int, GenerationConfig]:
-    """A model's UNet, pixels per latent cell and settings: its name's, its config.json files', or the release's.
-
-    Of a hub id, only the config.json files are downloaded. Of a single file, only the header is read, which has to be
-    that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
-    """
-    from .config import PRESETS, UNetConfig, VAEConfig
-
-    if source in PRESETS and not Path(source).exists():
-        return UNetConfig(), VAEConfig().factor, PRESETS[source].generation
-    from .checkpoint import download, locate, resolve
-    from .folder import CONFIG_FILES, read_config, read_generation
-
-    path, released = locate(source), None
-    if path is None:
-        path = download(source, [], None, None, offline)
-        released = next((preset.generation for preset in PRESETS.values() if preset.source == source), None)
-    if path.is_file():
-        found = resolve(path, parts=["unet", "vae"])
-        found.plan("unet", found.build("unet"))
-        return found.configs["unet"], found.configs["vae"].factor, found.generation
-    if missing := [file for file in (CONFIG_FILES["unet"], CONFIG_FILES["vae"]) if not (path / file).is_file()]:
-        raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
-    return read_config("unet", path), read_config("vae", path).factor, read_generation(path, released)
+        parts = [tree(blocks), opened(first["resnets"]), opened(first["attentions"])]
+    text = "\n\n".join([f"UNet of {args.model}, vcut={vcut!r}: {step}", *parts, ledger(run)])
+    print(drawn_in(text, sys.stdout.encoding or "utf-8"))
 
 
 # --- what all need -----------------------------------------------------------------------------------------------
@@ -394,7 +258,7 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
         raise ValueError(f"device {device!r} cannot be used on this machine: use cpu, or leave --device out") from error
     dtype = args.dtype or ("float16" if torch.device(device).type == "cuda" else "float32")
     source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
-    source["vcut"] = VCUT[args.vcut]
+    source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
     return load(args.model, device=device, dtype=getattr(torch, dtype), **source)
 
 
@@ -465,19 +329,20 @@ def parser() -> Parser:
     placed = Parser(add_help=False)
     group = placed.add_argument_group("placement")
     group.add_argument("--device", metavar="D", help="such as cuda, cuda:1, mps or cpu (default: the first there is)")
-    dtypes = ("float32", "float16", "bfloat16")
-    group.add_argument("--dtype", choices=dtypes, help="default: float16 on cuda, else float32")
+    group.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
     vcut = "cross-attentions as released (off), folded (lossless), folded and those along time omitted (on)"
-    group.add_argument("--vcut", choices=[*filter(None, VCUT)], help=f"{vcut} (default: as the model was saved)")
+    group.add_argument("--vcut", choices=VCUT, help=f"{vcut} (default: as the model was saved)")
 
     top = Parser("minisvd", description="Stable Video Diffusion: one image in, a short video out.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"minisvd {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    about = "make a video from each image"
-    both = [model, placed]
-    command = commands.add_parser("generate", parents=both, help=about, description=about, allow_abbrev=False)
-    command.set_defaults(run=generate)
+    def new(run: Callable[[argparse.Namespace], int | None], parents: list[Parser], about: str) -> Parser:
+        command = commands.add_parser(run.__name__, parents=parents, help=about, description=about, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    command = new(generate, [model, placed], "make a video from each image")
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
     add("image", nargs="+", type=Path, metavar="IMAGE", help=images)
@@ -487,9 +352,9 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     name = "names in the folder OUT, with the same placeholders (default: {stem}.mp4, with --seeds {stem}-{seed}.mp4)"
     add("--name-template", metavar="T", help=name)
     add("--skip-existing", action="store_true", help="make only what is not there yet, to go on after an interruption")
-    add("--frames", type=int, metavar="N", help="frames to make (default: the model's)")
+    add("--frames", dest="num_frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
-    add("--fit", choices=("crop", "pad", "stretch"), default="crop", help="how an image of another shape gets there")
+    add("--fit", choices=get_args(Fit), default="crop", help="how an image of another shape gets there")
     add("--fps", type=int, default=7, metavar="N", help="frames per second, also told to the model (default: 7)")
     motion = "0 (still) to 255 (fast) (default: 127)"
     add("--motion-bucket", type=int, default=127, metavar="N", help=motion)
@@ -500,29 +365,27 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help=guidance)
     cut_step = "guide only the steps before C, the first being 1 (default: guide all)"
     add("--cut-step", type=int, metavar="C", help=cut_step)
-    stages = ("mean", "cond", "uncond")
-    add("--stage2", choices=stages, default="mean", help="what the image says in the branch from C on (default: mean)")
+    add(
+        "--stage2",
+        choices=get_args(Stage2),
+        default="mean",
+        help="what the image says in the branch from C on (default: mean)",
+    )
     add_seed = command.add_mutually_exclusive_group().add_argument  # None, as a default that is given is not noticed
     add_seed("--seed", type=parse_seed, metavar="N", help="the same seed gives the same video (default: 0)")
     add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")
+    add("--zoom", type=int, default=1, metavar="N", help="enlarge the result N times, each pixel a square (default: 1)")
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
 
-    about = "load a model and say what it is made of"
-    command = commands.add_parser("info", parents=both, help=about, description=about, allow_abbrev=False)
-    command.set_defaults(run=info)
+    new(info, [model, placed], "load a model and say what it is made of")
+    new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
 
-    about = "check that every cross-attention is a linear map of the image's embedding, whatever the query"
-    command = commands.add_parser("verify", parents=[model], help=about, description=about, allow_abbrev=False)
-    command.set_defaults(run=verify)
-
-    about = "count parameters and multiply-accumulates of a UNet, without its weights"
-    command = commands.add_parser("account", help=about, description=about, allow_abbrev=False)
-    command.set_defaults(run=account)
+    command = new(account, [], "count parameters and multiply-accumulates of a UNet, without its weights")
     add = command.add_argument
     names = "svd (default), svd-xt, svd-xt-1-1, tiny, a folder, a .safetensors file, or a hub id"
     add("--model", default="svd", metavar="M", help=names)
     add("--offline", action="store_true", help="use only what was downloaded before")
-    add("--vcut", choices=("off", "on", "lossless"), help="the UNet's build (default: the folder's, else off)")
+    add("--vcut", choices=VCUT, help="the UNet's build (default: the folder's, else off)")
     add("--frames", type=int, metavar="N", help="frames (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--cut-step", type=int, metavar="C", help=cut_step)

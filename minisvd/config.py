@@ -9,6 +9,11 @@ from typing import Literal
 
 Vcut = Literal[False, True, "lossless"]
 """What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere."""
+Stage2 = Literal["mean", "cond", "uncond"]  # the share of the embedding in stage two: half, all, none
+Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape gets to the model's
+
+VCUT: dict[str, Vcut] = {"off": False, "on": True, "lossless": "lossless"}  # as the command line spells it
+DTYPES = ("float32", "float16", "bfloat16")  # that a model runs in
 
 NUM_GROUPS = 32  # of every GroupNorm, so that every width is a multiple of it
 

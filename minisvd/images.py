@@ -4,6 +4,7 @@ Axes: b batch, c = 3 colours (RGB), h w pixels. Sizes are (width, height), as ev
 """
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FITS = ("crop", "pad", "stretch")
+from .config import Fit
+
+FITS = get_args(Fit)
 
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 Size = tuple[int, int]

@@ -3,27 +3,57 @@
 Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 """
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import resolve
 from .clip import ImageEncoder
-from .config import GenerationConfig, Vcut
+from .config import Fit, GenerationConfig, Stage2, Vcut
 from .images import FITS, ImageLike, load_image
-from .sampler import GuidanceSchedule, Stage2, edm_sigmas, euler_steps, guided_denoiser, initial_latents
+from .sampler import GuidanceSchedule, edm_sigmas, euler_steps, guided_denoiser, initial_latents
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder, VideoResBlock
 from .video import Video
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+FAMILIAR = 10.5  # decibels of `familiarity`: the small model's own scenes have 12.7 or more, photos 8.8 or less
 LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
+
+
+class Settings(TypedDict, total=False):
+    """The keywords of a call, for editors: those of `StableVideoDiffusion.__call__`, which explains them."""
+
+    num_frames: int | None
+    steps: int | None
+    fps: float | Sequence[float]
+    motion_bucket: float | Sequence[float]
+    noise_aug: float | Sequence[float]
+    guidance: tuple[float, float] | None
+    cut_step: int | None
+    stage2: Stage2
+    sigmas: Tensor | None
+    seed: int | Sequence[int]
+    noise: Tensor | None
+    aug_noise: Tensor | None
+    size: tuple[int, int] | None
+    fit: Fit
+    decode_chunk: int | None
+    callback: Callable[[int, Tensor, Tensor], object] | None
+    progress: bool
 
 
 def check_settings(
@@ -93,10 +123,17 @@ class StableVideoDiffusion:
         self.unet, self.vae, self.clip = unet, vae, clip
         self.generation, self.source, self.layout = generation, source, layout
 
+    @overload
+    def __call__(self, image: Image.Image | str | Path | np.ndarray, **settings: Unpack[Settings]) -> Video: ...
+    @overload
+    def __call__(self, image: list[Any], **settings: Unpack[Settings]) -> list[Video]: ...
+    @overload
+    def __call__(self, image: Tensor, **settings: Unpack[Settings]) -> Any: ...
+
     @torch.inference_mode()
     def __call__(
         self,
-        image: ImageLike | list[ImageLike],
+        image: ImageLike | list[Any],
         *,
         num_frames: int | None = None,
         steps: int | None = None,
@@ -111,11 +148,11 @@ class StableVideoDiffusion:
         noise: Tensor | None = None,
         aug_noise: Tensor | None = None,
         size: tuple[int, int] | None = None,
-        fit: str = "crop",
+        fit: Fit = "crop",
         decode_chunk: int | None = None,
         callback: Callable[[int, Tensor, Tensor], object] | None = None,
         progress: bool = True,
-    ) -> Any:
+    ) -> Video | list[Video]:
         """A video of `num_frames` frames that starts from the image.
 
         image          PIL image, path, array, or float tensor [3,H,W] in [-1,1]: one Video.
@@ -198,6 +235,17 @@ class StableVideoDiffusion:
             if callback is not None:
                 callback(step.number, step.sigma, latents)
         return latents
+
+    @torch.inference_mode()
+    def familiarity(self, image: Tensor) -> float:
+        """10 log10(var(x) / mean (x - y)^2) in dB, with y = decode(encode(x)): how well the VAE says what x shows.
+
+        image [1,3,H,W] in [-1,1]. A picture of another kind than the training's comes back as a blur.
+        """
+        x = image.to(self.device)
+        y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
+        error, spread = (x - y.float()).square().mean(), (x - x.mean((2, 3), keepdim=True)).square().mean()
+        return (10 * torch.log10(spread.clamp(min=1e-6) / error)).item()
 
     @property
     def device(self) -> torch.device:

@@ -10,11 +10,13 @@ Source: arXiv 2206.00364 (EDM: Eq. 5, Eq. 7, Algorithm 1 without the correction)
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+
+from .config import Stage2
 
 Denoise = Callable[[Tensor, Tensor, int], Tensor]
 """(x, sigma, step) -> D(x; sigma): denoised latents. Steps count from 1."""
@@ -44,7 +46,6 @@ def preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c_skip, c_out, c_in, c_noise
 
 
-Stage2 = Literal["mean", "cond", "uncond"]
 SHARE: dict[Stage2, float] = {"mean": 0.5, "cond": 1.0, "uncond": 0.0}
 """Of the embedding, in stage two. An attention to one key is affine in it, so at half the key it gives the mean of what
 it gives at the key and at zero: Eq. 4 of arXiv 2407.19205."""

@@ -305,6 +305,27 @@ def check_site(name: str, attention: Attention) -> SiteCheck:
     return SiteCheck(name, attention.to_q.in_features, error, largest(out), check(attention, x, context))
 
 
+def table(sites: list[SiteCheck], parameters: int) -> str:
+    """A line for each site, differences relative to the largest |attention|, and the totals of a UNet of `parameters`.
+
+    SCA and TCA are the spatial and the temporal cross-attention; "query" is how far the output moves with the query,
+    "two keys" the same with one key more, the control.
+    """
+    lines = ["site                        kind width |attn-linear|    query  two keys     dead"]
+    for site in sites:
+        place, kind = ".".join(site.name.split(".")[:-3]), "TCA" if "temporal" in site.name else "SCA"
+        query, control = (q.relative for q in (site.report.query, site.report.control.query))
+        numbers = f"{site.width:>5} {site.relative:>13.1e} {query:>8.1e} {control:>9.1e} {site.report.dead.numel:>8,}"
+        failure = "" if site.holds else f" FAILS, dead: {' '.join(site.report.dead.names) or 'nothing'}"
+        lines.append(f"{place:<27} {kind:<4} {numbers}{failure}")
+    error, query = (max(values) for values in zip(*((s.relative, s.report.query.relative) for s in sites), strict=True))
+    held, dead = sum(site.holds for site in sites), sum(site.report.dead.numel for site in sites)
+    names = sorted({name.removesuffix(".weight") for site in sites for name in site.report.dead.names})
+    lines.append(f"{held} of {len(sites)} sites hold: |attention - linear| <= {error:.1e}, query <= {query:.1e}")
+    share = f"{dead:,} of {parameters:,} parameters ({dead / parameters:.1%})"
+    return "\n".join([*lines, f"dead in them: {', '.join(names) or 'nothing'}, {share}"])
+
+
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 

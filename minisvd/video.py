@@ -10,6 +10,7 @@ import base64
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `check_output` is to ans
     from torch import Tensor
 
 BT709 = 1  # the colour matrix, primaries and transfer of HD video, as H.264 numbers them
+LONGEST_SIDE = 8192  # pixels of an enlarged video
 NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 
 
@@ -60,6 +62,11 @@ class Video:
         """The frames as Pillow images, mode RGB."""
         return [Image.fromarray(frame) for frame in self.numpy()]
 
+    def enlarged(self, zoom: int) -> Video:
+        """The same video `zoom` times as wide and high, each pixel a square. Raises what `check_zoom` raises."""
+        check_zoom(zoom, self.frames.shape[:1:-1])
+        return Video(self.frames.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1), self.fps)
+
     def save(self, path: str | Path) -> Path:
         """Write the video and return where it is. The name decides the format:
 
@@ -90,6 +97,15 @@ class Video:
             f'<video controls loop autoplay muted playsinline width="{w * factor}" height="{h * factor}"{style} '
             f'src="data:video/mp4;base64,{data}"></video>'
         )
+
+
+def check_zoom(zoom: int, size: Sequence[int]) -> None:
+    """Raise ValueError for no whole number, one below 1, or one that makes a side of `size` over LONGEST_SIDE."""
+    if isinstance(zoom, bool) or not isinstance(zoom, int) or zoom < 1:
+        raise ValueError(f"zoom is {zoom!r}; need a whole number, at least 1")
+    if max(size) * zoom > LONGEST_SIDE:
+        most = LONGEST_SIDE // max(size)
+        raise ValueError(f"zoom is {zoom}, for a side of {max(size) * zoom} pixels; need at most {most}")
 
 
 def check_output(path: str | Path) -> Path:

@@ -1,21 +1,37 @@
-"""Shared ground: a tiny random pipeline that diffusers made and saved, for minisvd to load."""
+"""Shared ground: a small random model of ours, and one of diffusers, imported only by tests that compare with it."""
+
+from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 
 import pytest
 import torch
-from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline
-from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
-from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from minisvd import AutoencoderKLTemporalDecoder, ImageEncoder, SpatioTemporalUNet
+from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from tools.folder.layout import write_folder
+
+if TYPE_CHECKING:
+    from diffusers import StableVideoDiffusionPipeline
+    from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+ELSEWHERE = {"linux": sys.platform != "linux", "posix": os.name != "posix"}  # markers, and where their tests cannot run
 
-UNET = {
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, and count as deselected, what this system has no way to run."""
+    out = [item for item in items if any(away and item.get_closest_marker(name) for name, away in ELSEWHERE.items())]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
+UNET: dict[str, Any] = {
     "block_out_channels": (32, 64, 64),
     "down_block_types": ("CrossAttnDownBlockSpatioTemporal",) * 2 + ("DownBlockSpatioTemporal",),
     "up_block_types": ("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 2,
@@ -25,14 +41,14 @@ UNET = {
     "projection_class_embeddings_input_dim": 48,
     "num_frames": 3,
 }
-VAE = {
+VAE: dict[str, Any] = {
     "block_out_channels": (32, 32, 64, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "layers_per_block": 2,
     "latent_channels": 4,
     "force_upcast": False,
 }
-CLIP = {
+CLIP: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -55,6 +71,8 @@ def randomised(module: Module) -> Module:
 
 def original_eps(unet: DiffusersUNet) -> DiffusersUNet:
     """The eps of the original training code in every residual block; diffusers runs most of them at 1e-6."""
+    from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
             module.norm1.eps = module.norm2.eps = 1e-5
@@ -68,7 +86,33 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of ours as a folder: 64x64 pixels fit it, sides are multiples of 32."""
+    torch.manual_seed(0)
+    unet = UNetConfig(
+        block_out_channels=UNET["block_out_channels"],
+        attention=(True, True, False),
+        num_attention_heads=UNET["num_attention_heads"],
+        cross_attention_dim=UNET["cross_attention_dim"],
+        addition_time_embed_dim=UNET["addition_time_embed_dim"],
+    )
+    parts = (
+        randomised(SpatioTemporalUNet(unet)),
+        randomised(AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=VAE["block_out_channels"]))),
+        randomised(ImageEncoder(ClipConfig(**CLIP))),
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    write_folder(folder, *parts, GenerationConfig(num_frames=3), torch.float32)
+    (folder / "generation_config.json").unlink()  # as published: the settings are those of the release
+    return folder
+
+
+@pytest.fixture(scope="session")
 def diffusers_pipeline() -> StableVideoDiffusionPipeline:
+    from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline
+    from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
     torch.manual_seed(0)
     pipeline = StableVideoDiffusionPipeline(
         vae=randomised(AutoencoderKLTemporalDecoder(**VAE)),
@@ -85,8 +129,10 @@ def diffusers_pipeline() -> StableVideoDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(diffusers_pipeline: StableVideoDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def diffusers_folder(
+    diffusers_pipeline: StableVideoDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same pipeline as diffusers saves it: 64x64 pixels fit it, sides are multiples of 32."""
-    folder = tmp_path_factory.mktemp("tiny")
+    folder = tmp_path_factory.mktemp("diffusers")
     diffusers_pipeline.save_pretrained(folder)
     return folder

@@ -25,7 +25,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint_files import published
 from conftest import UNET
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
-from minisvd.accounting import BUILDS, KINDS, PUBLISHED, Block, Build, by_kind, run_cost, total, tree, unet_blocks
+from minisvd.accounting import (
+    BUILDS,
+    KINDS,
+    PUBLISHED,
+    Block,
+    Build,
+    by_kind,
+    drawn_in,
+    run_cost,
+    total,
+    tree,
+    unet_blocks,
+)  # fmt: skip
 from minisvd.accounting import unet_cost as cost
 from minisvd.attention import CachedCondLinear
 from minisvd.cli import main
@@ -273,7 +285,10 @@ def test_a_run_costs_what_sampling_does(cut_step, vcut):
 def test_the_tree_adds_up_and_its_skips_meet(vcut):
     """Its lines add up to the last; what leaves a block enters the next; brackets close in the order they opened."""
     blocks = list(unet_blocks(RELEASED, 14, NATIVE, 2, BUILDS[vcut]))
-    _, *lines, last = tree(blocks).splitlines()
+    lines = tree(blocks).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {len(line) for line in lines if re.search(r"\.\d\d$", line)} == {len(lines[0])}  # columns meet
+    *lines, last = [line for line in lines[1:] if re.search(r"\.\d\d$", line)]  # the others name a stage of the U
     everything = cost(RELEASED, 14, NATIVE, 2, BUILDS[vcut])
     parameters, giga = ([line.split()[i].replace(",", "") for line in (*lines, last)] for i in (-2, -1))
     assert sum(map(int, parameters[:-1])) == int(parameters[-1]) == everything.parameters
@@ -297,7 +312,6 @@ def test_the_tree_adds_up_and_its_skips_meet(vcut):
         if block.keeps:
             skips.append(block.leaves)
     assert not skips
-    assert max(map(len, lines)) <= 120
 
 
 def account(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -315,6 +329,11 @@ def test_account_says_what_the_formulas_give(capsys):
     assert re.search(r"^total +1,436,660,522 +43,077.16 ", shown, re.MULTILINE)
     assert re.search(r"^saved: guidance dropped +-193.84 T +-17.31%$", shown, re.MULTILINE)
     drawn = account(capsys, "--vcut", "lossless", "--tree")
+    assert max(map(len, drawn.splitlines())) <= 80
+    assert drawn_in(drawn, "utf-8") == drawn
+    plain = drawn_in(drawn, "cp1252")
+    assert plain.isascii()
+    assert list(map(len, plain.splitlines())) == list(map(len, drawn.splitlines()))
     assert tree(unet_blocks(RELEASED, 14, NATIVE, 2, BUILDS["lossless"])) in drawn
     assert "2 x 25 frames" in account(capsys, "--model", "svd-xt")
     assert "1 x 25 frames" in account(capsys, "--model", "svd-xt", "--cut-step", "1")

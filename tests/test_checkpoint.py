@@ -195,6 +195,7 @@ for load, variant, dtype in cases:
 """
 
 
+@pytest.mark.linux
 def test_peak_memory_is_at_most_a_tenth_above_the_weights_and_one_tensor(tmp_path: Path, small_folder: Path) -> None:
     """Of the process, mapped file pages included, whatever the dtypes. Control: reading all, then converting."""
     config = replace(UNetConfig(), block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4))

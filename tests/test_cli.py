@@ -1,5 +1,6 @@
 """Theorem: the command line writes what `minisvd.load(...)(image)` gives, or says in one line why it writes nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -101,12 +102,12 @@ def test_json_is_one_object_that_says_how_to_do_it_again(
 def test_one_image_goes_where_it_is_sent(
     tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str], output: str, written: str
 ) -> None:
-    """To a file, to a name with its stem, into a folder that exists; bars are on stderr."""
+    """To a file, to a name with its stem, into a folder that exists; no bar is drawn where nobody looks."""
     Path("old").mkdir()
     assert main(["generate", photo.name, "-o", output, "--model", str(tiny_folder), *FAST]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{written}\n"
-    assert "denoising" in captured.err
+    assert captured.err == ""
     assert Path(written).is_file()
 
 
@@ -123,6 +124,58 @@ def test_info_counts_the_parameters(tiny_folder: Path, capsys: pytest.CaptureFix
     assert main(["info", "--model", str(tiny_folder), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert all(f"{number:,} parameters" in text for number in report["parameters"].values())
+
+
+def test_bars_are_drawn_on_a_terminal_and_never_beside_json(
+    tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    argv = ["generate", photo.name, "-o", "clip.gif", "--model", str(tiny_folder), *FAST]
+    assert main(argv) == 0
+    assert "denoising" in capsys.readouterr().err
+    assert main([*argv, "--json"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["verify", "--model", str(tiny_folder), "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_columns_of_info_are_apart_and_verify_fits_80_columns(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "--model", str(tiny_folder), "--device", "cpu"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert "decode_chunk  2" in rows
+    assert all(len(row.split()) > 1 for row in rows)
+    assert main(["verify", "--model", str(tiny_folder)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_zoom_makes_each_pixel_a_square(tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--zoom 3` is the same video, nearest neighbours; what is no zoom is refused before any work."""
+    argv = ["generate", photo.name, "--model", str(tiny_folder), *FAST]
+    assert main([*argv, "-o", "plain"]) == 0
+    assert main([*argv, "-o", "large", "--zoom", "3"]) == 0
+    capsys.readouterr()
+    plain, large = (np.asarray(Image.open(f"{folder}/frame_0001.png")) for folder in ("plain", "large"))
+    assert np.array_equal(large, plain.repeat(3, axis=0).repeat(3, axis=1))
+    assert not np.array_equal(large[:64, :64], plain)  # control
+    for zoom, sentence in (("0", "zoom is 0"), ("129", "zoom is 129, for a side of 8256 pixels; need at most 128")):
+        assert sentence in refusal(capsys, *argv, "-o", "other", "--zoom", zoom)
+
+
+def test_the_small_model_says_what_it_is_to_pictures_that_it_does_not_know(
+    photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line for a picture of noise, none for its own example, and none from another model."""
+    example = Path(minisvd.__file__).parents[1] / "weights/tiny/example.png"
+    fast = ("--device", "cpu", "--frames", "1", "--steps", "1")
+    assert main(["generate", photo.name, "-o", "a.gif", *fast]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("minisvd: photo.png is not what the small model knows")
+    assert "--model svd-xt, the official weights" in said
+    assert main(["generate", str(example), "-o", "b.gif", *fast]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,25 +296,30 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == (f"minisvd {minisvd.__version__}\n", "")
 
 
+@pytest.mark.posix
 def test_a_real_ctrl_c_while_sampling_ends_with_130(tiny_folder: Path, photo: Path) -> None:
     """`python -m minisvd`, SIGINT in the middle of 100,000 steps: status 130, no traceback, nothing written."""
     argv = ["generate", photo.name, "-o", "clip.mp4", "--model", str(tiny_folder), *FAST, "--steps", "100000"]
     environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1])}
+    terminal, stderr = os.openpty()  # no bar would say that sampling began, were it no terminal
     process = subprocess.Popen(
         [sys.executable, "-m", "minisvd", *argv],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background would ignore it
     )
-    assert process.stderr is not None
-    seen = ""
-    while "denoising" not in seen and process.poll() is None:
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    os.close(stderr)  # so that reading ends with the process
+    err, interrupted = "", False
+    with contextlib.suppress(OSError):  # how Linux says that nobody writes to a terminal any more
+        while data := os.read(terminal, 1000):
+            err += data.decode(errors="replace")
+            if "denoising" in err and not interrupted:
+                process.send_signal(signal.SIGINT)
+                interrupted = True
+    out, _ = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, ""), err
-    assert err.endswith("minisvd: interrupted\n")
+    assert err.endswith("minisvd: interrupted\r\n")
     assert "Traceback" not in err
     assert os.listdir() == ["photo.png"]

@@ -4,6 +4,7 @@ are settled, or refused in one line, before a model is loaded; and an interrupte
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 
 from minisvd import pipeline
 from minisvd import video as video_module
-from minisvd.cli import Job, find_images, main, parse_seeds, plan
+from minisvd.cli import main, parse_seeds
+from minisvd.jobs import Job, find_images, plan
 from test_cli import FAST, refusal
 
 PROMPT = "A teddy bear, 3-5 years old, climbs over a {seed} fence."  # VBench-I2V's images are called by sentences
@@ -58,6 +60,7 @@ def test_each_video_is_what_its_image_and_seed_give_alone(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, from one model that is loaded once; other images and seeds differ. Paths on stdout, one bar."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     loads, load = [], pipeline.load
     monkeypatch.setattr(pipeline, "load", lambda *args, **options: loads.append(args) or load(*args, **options))
     assert run(tiny_folder, "photos", "-o", "out", "--seeds", "3,0", "--name-template", "{stem}-{seed}") == 0

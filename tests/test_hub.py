@@ -253,10 +253,12 @@ def test_what_the_hub_refuses_is_one_sentence_that_says_what_to_do(
     url, xt = f"http://127.0.0.1:{port}", "stabilityai/stable-video-diffusion-img2vid-xt-1-1"
     with serving(repositories, port) as hub:
         assert online("resolve", "someone/missing") == (
-            f"ValueError: {url}/someone/missing does not exist or is private: check the name, or run `hf auth login`"
+            f"ValueError: {url}/someone/missing does not exist or is private: check the name, or run `hf auth login`; "
+            "as a path, it is not here"
         )
         assert online("resolve", "svd-xt-1-1") == (  # a preset is a hub id
-            f"ValueError: {url}/{xt} does not exist or is private: check the name, or run `hf auth login`"
+            f"ValueError: {url}/{xt} does not exist or is private: check the name, or run `hf auth login`; "
+            "as a path, it is not here"
         )
         assert online("resolve", "someone/gated") == (
             f"ValueError: someone/gated is gated: accept its licence at {url}/someone/gated and run `hf auth login`"

@@ -1,9 +1,12 @@
 """Theorem: importing minisvd does no work: it loads no framework, prints nothing, and costs little over torch."""
 
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import minisvd
+from minisvd.pipeline import Settings, StableVideoDiffusion
 
 HEAVY = ("diffusers", "transformers", "open_clip", "torchvision", "huggingface_hub")
 
@@ -40,3 +43,46 @@ def test_public_names_exist_and_others_do_not():
     assert set(minisvd.HOME) <= set(dir(minisvd))
     assert minisvd.Video.__name__ == "Video"
     assert not hasattr(minisvd, "no_such_name")
+
+
+TYPED = """
+from pathlib import Path
+from typing import assert_type
+
+import numpy as np
+import torch
+from PIL import Image
+
+import minisvd
+from minisvd import SpatioTemporalUNet, StableVideoDiffusion, UNetConfig, Video
+
+svd = minisvd.load("tiny")
+assert_type(svd, StableVideoDiffusion)
+assert_type(svd("photo.png", seed=0), Video)
+assert_type(svd(Path("photo.png"), steps=3), Video)
+assert_type(svd(Image.new("RGB", (64, 64))), Video)
+assert_type(svd(["photo.png", "other.png"], progress=False), list[Video])
+unet = SpatioTemporalUNet(UNetConfig(), vcut="lossless")
+assert_type(unet(torch.zeros(1, 2, 8, 8, 8), torch.zeros(1), torch.zeros(1, 1, 1024), torch.zeros(1, 3)), torch.Tensor)
+"""
+
+
+def types_of(code: str, folder: Path) -> str:
+    (folder / "typed.py").write_text(code)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--pythonversion", "3.11", "typed.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+
+
+def test_an_editor_knows_what_a_call_returns(tmp_path: Path) -> None:
+    assert "0 errors" in types_of(TYPED, tmp_path)
+    for wrong in ("svd('a.png', steps='3')", "svd('a.png', stage2='half')", "svd('a.png')[0]"):  # controls
+        assert "0 errors" not in types_of(f"import minisvd\n\nsvd = minisvd.load('tiny')\n{wrong}\n", tmp_path)
+
+
+def test_the_keywords_that_an_editor_knows_are_those_of_the_call() -> None:
+    keywords = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(StableVideoDiffusion.__call__).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert {name: hint.__forward_arg__ for name, hint in Settings.__annotations__.items()} == keywords

@@ -84,9 +84,9 @@ def test_vae_equals_diffusers(diffusers_pipeline, chunk):
 
 
 @torch.no_grad()
-def test_clip_equals_transformers(diffusers_pipeline, tiny_folder):
+def test_clip_equals_transformers(diffusers_pipeline, diffusers_folder):
     """From the same folder, for an image that shrinks along one side and grows along the other."""
-    encoder = minisvd.load(tiny_folder).clip
+    encoder = minisvd.load(diffusers_folder).clip
     assert isinstance(encoder, ImageEncoder)
     assert encoder.config.hidden_size == CLIP["hidden_size"]
     image = torch.rand(2, 3, 90, 500, generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -106,12 +106,12 @@ def test_clip_equals_transformers(diffusers_pipeline, tiny_folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [(1.0, 3.0), (2.0, 2.0), (1.0, 1.0)])
-def test_pipeline_equals_diffusers(diffusers_pipeline, tiny_folder, guidance):
+def test_pipeline_equals_diffusers(diffusers_pipeline, diffusers_folder, guidance):
     """The same image and noise give the same latents at every step and the same frames, within 1e-4."""
     generator = torch.Generator().manual_seed(4)
     image = Image.fromarray(torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy())
     noise = torch.randn(1, 3, 4, 8, 8, generator=generator)
-    svd = minisvd.load(tiny_folder)
+    svd = minisvd.load(diffusers_folder)
     settings = {"num_frames": 3, "size": (64, 64), "fps": 7, "motion_bucket": 100}
 
     ours: list[Tensor] = []

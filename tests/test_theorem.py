@@ -202,7 +202,7 @@ def test_a_fused_kernel_leaves_rounding_where_the_gradient_is_zero(dtype, case):
 def folded(attention: Attention) -> CachedCondLinear:
     """The linear map in float64, rounded once to the attention's dtype."""
     weight, bias = linear_map(attention)
-    linear = CachedCondLinear(weight.shape[1], weight.shape[0]).to(attention.to_v.weight.dtype)
+    linear = CachedCondLinear(weight.shape[0], attention.num_heads, weight.shape[1]).to(attention.to_v.weight.dtype)
     linear.load_state_dict({"weight": weight, "bias": bias})
     return linear
 
@@ -215,14 +215,15 @@ def folded(attention: Attention) -> CachedCondLinear:
 def test_attention_is_the_linear_map(attend: Attend, dtype, case):
     """To 1e-12 in float64, to rounding in the others, every query row having its own context row's value."""
     attention, x, context = case(1, dtype)
-    linear = folded(attention)(context).repeat_interleave(len(x) // len(context), dim=0)
+    cached = folded(attention)
+    linear = cached(x, cached.condition(context))
     bound = allowed(attention, context, dtype)
     assert largest(attend(attention, x, context).double() - linear.double()) <= bound
 
     attention, x, context = case(2, torch.float64)  # control: the linear map of neither key, nor of their mean
-    out = attend(attention, x, context)
+    cached, out = folded(attention), attend(attention, x, context)
     for key in (context[:, :1], context[:, 1:], context.mean(dim=1, keepdim=True)):
-        linear = folded(attention)(key).repeat_interleave(len(x) // len(context), dim=0)
+        linear = cached(x, cached.condition(key))
         assert largest(out - linear) > 1e-6
 
 

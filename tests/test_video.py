@@ -3,7 +3,6 @@
 import base64
 import math
 import os
-import resource
 import stat
 from collections.abc import Callable
 from itertools import count
@@ -195,9 +194,12 @@ def test_a_broken_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_leaves_nothing(tmp_path: Path, name: str) -> None:
     """The system refuses to write more than 100 bytes to a file: OSError, no target, no temporary file."""
+    import resource  # there is none on Windows
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     video = Video(moving_disc(), 7)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))

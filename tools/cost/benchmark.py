@@ -113,7 +113,8 @@ def compare(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], repeats: i
         times = [seconds(forward, device) for forward in forwards]
         pairs.append(times if i % 2 == 0 else times[::-1])
     low, high = bootstrap_interval(np.array(pairs), lambda rows: float(np.divide(*np.median(rows, axis=0))))
-    return Timing(*map(statistics.median, zip(*pairs, strict=True)), low, high)
+    a, b = zip(*pairs, strict=True)
+    return Timing(statistics.median(a), statistics.median(b), low, high)
 
 
 @torch.inference_mode()

@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of one video, counted without a GPU.")
     parser.add_argument("--model", choices=PRESETS, default="svd-xt")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-    parser.add_argument("--decode-chunk", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--decode-chunk", type=int, nargs="+", default=[GenerationConfig.decode_chunk])
     args = parser.parse_args()
     titles = ("model", "dtype", "decode chunk", "weights", "encode", "one guided step", "decode", "largest sum")
     rows = []

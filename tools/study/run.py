@@ -55,9 +55,10 @@ from tools.measure import metrics
 from tools.output import plotting, write_json
 from tools.study import report as study_report
 from tools.tiny import scenes
+from tools.tiny.evaluate import HELD_OUT_SEED, Clip, images
 
 SEED = 240_719_205
-TAKEN = (0, 1_000_003)  # seeds of training, and of the scenes that it is measured on
+TAKEN = (0, HELD_OUT_SEED)  # seeds of training, and of the scenes that it is measured on
 NOISE_AUG = 0.02
 BATCH = 8
 EQUAL_PSNR = 100.0  # decibels that equal frames count as; the rounding of bfloat16 leaves fewer to all others
@@ -180,7 +181,7 @@ class Batch:
     """Scenes by number: their true clips, what the UNet is told of them, and the noise that every arm starts from."""
 
     numbers: range
-    clips: list[tuple[scenes.Scene, int, int, np.ndarray]]
+    clips: list[Clip]
     image: Tensor  # [b,3,H,W] in [-1,1]
     embeds: Tensor
     latent: Tensor
@@ -198,7 +199,7 @@ def draw(bench: Bench, numbers: range) -> Batch:
         clips.append(scenes.random_clip(rng))
         aug_noise.append(rng.standard_normal((3, scenes.SIZE, scenes.SIZE), dtype=np.float32))
         noise.append(rng.standard_normal((generation.num_frames, 4, side, side), dtype=np.float32))
-    image = torch.from_numpy(scenes.to_unit(np.stack([frames[0] for *_, frames in clips])))
+    image = images(clips)
     augmented = image + NOISE_AUG * torch.from_numpy(np.stack(aug_noise))
     ids = torch.tensor([[fps - 1, bucket, NOISE_AUG] for _, fps, bucket, _ in clips])
     embeds, latent = bench.svd.clip(image), bench.svd.vae.encode(augmented)
