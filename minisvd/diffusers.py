@@ -20,7 +20,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionOutput
-from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -97,7 +96,7 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
     ) -> UNetSpatioTemporalConditionOutput | tuple[Tensor]:
         """F as `.sample` or [0]; timestep is c_noise = 0.25 ln sigma, a number, 0-d or [b].
 
-        encoder_hidden_states is [b,1,c'], or [b*t,1,c'] with one key per frame.
+        encoder_hidden_states is [b,1,c']; [b*t,1,c'], with one key per frame, is NotImplementedError.
         Raises ValueError for sides that are no multiples of the network's stride, and for keys of another number.
         """
         b, t = sample.shape[:2]
@@ -109,7 +108,7 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
                 f"encoder_hidden_states is {list(keys.shape)}; need one row a video, {b}, or a frame, {b * t}"
             )
         if len(keys) != b:
-            keys = rearrange(keys, "(b t) k c -> b t k c", b=b)
+            raise NotImplementedError(f"encoder_hidden_states has a row for each of {b * t} frames: not yet, give {b}")
         level = torch.as_tensor(timestep, device=sample.device).expand(b)
         out = self.network(sample, level, keys, added_time_ids)
         return UNetSpatioTemporalConditionOutput(sample=out) if return_dict else (out,)

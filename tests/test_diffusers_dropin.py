@@ -27,6 +27,14 @@ VIDEO: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 3, "num_infere
 HELD_BY_BOTH = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding", "mid_block", "down_blocks")
 
 
+@pytest.fixture(scope="module")
+def folder(diffusers_pipeline: StableVideoDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model as diffusers saves it."""
+    path = tmp_path_factory.mktemp("published")
+    diffusers_pipeline.save_pretrained(path)
+    return path
+
+
 def load(folder: Path, **options) -> UNetSpatioTemporalConditionModel:
     return UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder="unet", **options)
 
@@ -54,18 +62,18 @@ def piped(folder: Path, unet: nn.Module) -> StableVideoDiffusionPipeline:
 
 
 @pytest.mark.parametrize("vcut", [None, "lossless"])
-def test_the_pipeline_makes_the_same_frames(diffusers_pipeline, tiny_folder, vcut):
+def test_the_pipeline_makes_the_same_frames(diffusers_pipeline, folder, vcut):
     """In diffusers' own pipeline, with diffusers' other parts, whether folded or not."""
     theirs = frames(diffusers_pipeline)
-    error = relative_error(frames(piped(tiny_folder, load(tiny_folder, vcut=vcut))), theirs)
+    error = relative_error(frames(piped(folder, load(folder, vcut=vcut))), theirs)
     print(f"vcut {vcut}: frames {error:.1e} apart")
     assert error < 1e-5
-    assert relative_error(frames(piped(tiny_folder, load(tiny_folder, vcut=True))), theirs) > 1e-2  # control
+    assert relative_error(frames(piped(folder, load(folder, vcut=True))), theirs) > 1e-2  # control
 
 
-def test_the_eps_that_diffusers_runs_at_changes_little(diffusers_pipeline, tiny_folder):
+def test_the_eps_that_diffusers_runs_at_changes_little(diffusers_pipeline, folder):
     """The one known difference: 1e-6 for 1e-5 in most residual blocks."""
-    as_released = piped(tiny_folder, DiffusersUNet.from_pretrained(tiny_folder, subfolder="unet"))
+    as_released = piped(folder, DiffusersUNet.from_pretrained(folder, subfolder="unet"))
     error = relative_error(frames(as_released), frames(diffusers_pipeline))
     print(f"frames {error:.1e} apart")
     assert 1e-5 < error < 1e-4
@@ -73,8 +81,8 @@ def test_the_eps_that_diffusers_runs_at_changes_little(diffusers_pipeline, tiny_
 
 @torch.no_grad()
 @pytest.mark.parametrize("timestep", [0.5, 1, torch.tensor(0.5), torch.tensor([0.5, -1.25])], ids=str)
-def test_every_way_to_call_it(diffusers_pipeline, tiny_folder, timestep):
-    ours, given = load(tiny_folder), inputs()
+def test_every_way_to_call_it(diffusers_pipeline, folder, timestep):
+    ours, given = load(folder), inputs()
     theirs = diffusers_pipeline.unet(timestep=timestep, **given).sample
     assert relative_error(ours(timestep=timestep, **given).sample, theirs) < 1e-5
     sample, embeds, ids = given.values()
@@ -82,8 +90,8 @@ def test_every_way_to_call_it(diffusers_pipeline, tiny_folder, timestep):
     assert relative_error(ours(sample, timestep, embeds, ids.flip(0)).sample, theirs) > 1e-3  # control
 
 
-def test_the_surface_that_projects_use(diffusers_pipeline, tiny_folder):
-    ours, theirs = load(tiny_folder), diffusers_pipeline.unet
+def test_the_surface_that_projects_use(diffusers_pipeline, folder):
+    ours, theirs = load(folder), diffusers_pipeline.unet
     for name, value in json.loads(theirs.to_json_string()).items():
         assert name == "_name_or_path" or getattr(ours.config, name) == value, name
     assert ours.add_embedding.linear_1.in_features == theirs.add_embedding.linear_1.in_features == 48
@@ -100,14 +108,14 @@ def test_the_surface_that_projects_use(diffusers_pipeline, tiny_folder):
             refused()
 
 
-def test_a_layer_replaced_is_the_layer_that_runs(tiny_folder):
+def test_a_layer_replaced_is_the_layer_that_runs(folder):
     """As those do who widen the first convolution: what stands at a name is what the network inside uses."""
-    ours, given = load(tiny_folder), inputs()
+    ours, given = load(folder), inputs()
     ours.conv_in = nn.Conv2d(9, 32, 3, padding=1)
     wider = torch.cat([given.pop("sample"), torch.ones(2, 3, 1, 8, 8)], dim=2)
     with pytest.raises(Exception, match="8"):  # the config must say so too
         ours(wider, 0.5, **given)
-    ours = load(tiny_folder, in_channels=9, ignore_mismatched_sizes=True)
+    ours = load(folder, in_channels=9, ignore_mismatched_sizes=True)
     assert ours(wider, 0.5, **given).sample.shape == (2, 3, 4, 8, 8)
     twin = copy.deepcopy(ours)
     twin.conv_in = nn.Conv2d(9, 32, 3, padding=1)
@@ -116,9 +124,9 @@ def test_a_layer_replaced_is_the_layer_that_runs(tiny_folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("vcut", [None, "lossless", True])
-def test_saved_folders_load_again(diffusers_pipeline, tiny_folder, tmp_path, vcut):
+def test_saved_folders_load_again(diffusers_pipeline, folder, tmp_path, vcut):
     """In the drop-in and in minisvd; a folder without `vcut`, in diffusers too."""
-    ours, given = load(tiny_folder, vcut=vcut), inputs()
+    ours, given = load(folder, vcut=vcut), inputs()
     ours.save_pretrained(tmp_path / "unet")
     out = ours(timestep=0.5, **given).sample
     assert torch.equal(load(tmp_path)(timestep=0.5, **given).sample, out)
@@ -135,18 +143,18 @@ def test_saved_folders_load_again(diffusers_pipeline, tiny_folder, tmp_path, vcu
     assert relative_error(out, diffusers_pipeline.unet(timestep=0.5, **given).sample) < 1e-5 or vcut is True
 
 
-def test_from_config_and_load_config(tiny_folder):
-    config: Any = UNetSpatioTemporalConditionModel.load_config(tiny_folder, subfolder="unet")
+def test_from_config_and_load_config(folder):
+    config: Any = UNetSpatioTemporalConditionModel.load_config(folder, subfolder="unet")
     built: Any = UNetSpatioTemporalConditionModel.from_config(config, vcut="lossless")
     assert built.config.cross_attention_dim == 48
-    assert built.state_dict().keys() == load(tiny_folder, vcut="lossless").state_dict().keys()
+    assert built.state_dict().keys() == load(folder, vcut="lossless").state_dict().keys()
     with torch.device("meta"):
         released = UNetSpatioTemporalConditionModel()
     assert sum(p.numel() for p in released.parameters()) == 1_524_623_082
 
 
-def test_gradient_checkpointing_keeps_the_gradients_and_less_else(tiny_folder):
-    ours, given = load(tiny_folder).train(), inputs()
+def test_gradient_checkpointing_keeps_the_gradients_and_less_else(folder):
+    ours, given = load(folder).train(), inputs()
 
     def gradients() -> tuple[list[Tensor], int]:
         held, ours_grad = [], list(ours.parameters())
@@ -173,9 +181,9 @@ def test_gradient_checkpointing_keeps_the_gradients_and_less_else(tiny_folder):
         ({"encoder_hidden_states": torch.zeros(4, 1, 48)}, "one row a video, 2, or a frame, 6"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_one_sentence(tiny_folder, change, words):
+def test_what_cannot_be_run_is_refused_in_one_sentence(folder, change, words):
     with pytest.raises(ValueError, match=words):
-        load(tiny_folder)(timestep=0.5, **inputs() | change)
+        load(folder)(timestep=0.5, **inputs() | change)
 
 
 SCRIPT = """
@@ -219,13 +227,13 @@ unet.save_pretrained(OUT)
 """
 
 
-def test_one_line_of_a_script_is_changed(tiny_folder, tmp_path):
+def test_one_line_of_a_script_is_changed(folder, tmp_path):
     """A training script as projects have it, run both ways: the same losses, and the same weights in its folder."""
     changed = SCRIPT.replace("from diffusers import", "from minisvd.diffusers import")
     assert sum(a != b for a, b in zip(SCRIPT.splitlines(), changed.splitlines(), strict=True)) == 1
 
     def run(script: str, out: Path) -> tuple[list[float], dict[str, Tensor]]:
-        scope = {"FOLDER": tiny_folder, "OUT": out}
+        scope = {"FOLDER": folder, "OUT": out}
         exec(compile(script, out.name, "exec"), scope)
         return scope["losses"], load_file(out / "diffusion_pytorch_model.safetensors")
 
@@ -233,7 +241,7 @@ def test_one_line_of_a_script_is_changed(tiny_folder, tmp_path):
     print("losses", theirs, ours)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert ours != pytest.approx([ours[0]] * 3, rel=1e-4)  # control: the steps differ
-    start = load(tiny_folder).state_dict()
+    start = load(folder).state_dict()
     moved = {name: (our_weights[name] - start[name]).abs().max() for name in start}
     assert {name for name in moved if moved[name] > 0} <= {name for name in start if "temporal_transformer_b" in name}
     apart = {name: (our_weights[name] - their_weights[name]).abs().mean() for name in start}
