@@ -229,27 +229,6 @@ def resolve(
     return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
 
 
-def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any], GenerationConfig]:
-    """The configs of "unet" and "vae", and the settings, of a source whose weights are not needed.
-
-    A preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
-    which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
-    """
-    path, released = locate(source), None
-    if path is None and source in PRESETS:
-        return RELEASED, PRESETS[source].generation
-    if path is None:
-        path = download(source, [], None, None, offline)
-        released = next((preset.generation for preset in PRESETS.values() if preset.source == source), None)
-    if path.is_file():
-        found = resolve(path, parts=["unet", "vae"])
-        found.plan("unet", found.build("unet"))
-        return found.configs, found.generation
-    if missing := [CONFIG_FILES[part] for part in ("unet", "vae") if not (path / CONFIG_FILES[part]).is_file()]:
-        raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
-    return {part: read_config(part, path) for part in ("unet", "vae")}, read_generation(path, released)
-
-
 def locate(source: str | Path) -> Path | None:
     """The local folder or file that `source` means, or None if it is on the hub."""
     name, path = str(source), Path(source).expanduser()
@@ -277,6 +256,8 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     from huggingface_hub import HfApi, constants, errors, snapshot_download  # slow to import, often not needed
 
     page, names = f"{constants.ENDPOINT}/{hub_id}", []
+    meant = hub_id in [preset.source for preset in PRESETS.values()]
+    or_path = "" if meant else f"; if {hub_id} is a path, there is nothing there"
     patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
     try:
         try:
@@ -293,14 +274,13 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
         raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
         raise ValueError(
-            f"{page} does not exist or is private: check the name, or run `hf auth login`; as a path, it is not here"
+            f"{page} does not exist or is private: check the name, or run `hf auth login`{or_path}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline; as a path, "
-            "it is not here either"
+            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline{or_path}"
         ) from error
 
 

@@ -86,6 +86,7 @@ def generate(args: argparse.Namespace) -> None:
     jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
     settings = {name: getattr(args, name) for name in signature(check_settings).parameters}
     check_settings(**settings)
+    check_zoom(args.zoom, args.size or (1, 1))
     for image in dict.fromkeys(job.image for job in jobs):
         open_image(image)
     if skipped:
@@ -94,7 +95,7 @@ def generate(args: argparse.Namespace) -> None:
     if jobs:
         svd = load(args)
         check_zoom(args.zoom, args.size or svd.generation.size)
-        tell_strangers(svd, jobs, args.fit)
+        tell_strangers(svd, jobs, args.size or svd.generation.size, args.fit)
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
         report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
@@ -131,13 +132,13 @@ def make(
     return made
 
 
-def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job], fit: str) -> None:
+def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job], size: tuple[int, int], fit: str) -> None:
     """One line, if the model that ships is given pictures of another kind than the one that it was trained on."""
     from .images import load_image
     from .pipeline import FAMILIAR
 
-    images = {job.image for job in jobs} if svd.source == "tiny" else set()
-    strange = sorted(path for path in images if svd.familiarity(load_image(path, svd.generation.size, fit)) < FAMILIAR)
+    images = {job.image for job in jobs} if svd.ships else set()
+    strange = sorted(path for path in images if svd.familiarity(load_image(path, size, fit)) < FAMILIAR)
     if strange:
         more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
         about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
@@ -204,7 +205,7 @@ def verify(args: argparse.Namespace) -> int:
 def account(args: argparse.Namespace) -> None:
     """Parameters and MACs of a model's UNet, from its configuration alone: nothing is computed, no weights are read."""
     from .accounting import BUILDS, by_kind, drawn_in, ledger, opened, run_cost, table, total, tree, unet_blocks
-    from .checkpoint import resolve_configs
+    from .folder import resolve_configs
 
     configs, generation = resolve_configs(args.model, args.offline)
     config, factor = configs["unet"], configs["vae"].factor

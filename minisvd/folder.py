@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from .config import XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 
 PARTS = ("unet", "vae", "clip")
 STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
@@ -165,6 +165,29 @@ def read_generation(folder: Path, released: GenerationConfig | None) -> Generati
         return replace(base, **{name: typed(known[name], value) for name, value in stated.items()})
     except ValueError as error:
         raise ValueError(f"{own if own.is_file() else unet}: {error}") from error
+
+
+def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any], GenerationConfig]:
+    """The configs of "unet" and "vae", and the settings, of a source whose weights are not needed.
+
+    A preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
+    which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
+    """
+    if source in PRESETS and not Path(source).exists():
+        return {"unet": UNetConfig(), "vae": VAEConfig()}, PRESETS[source].generation
+    from .checkpoint import download, locate, resolve  # and with it torch, which a preset does not need
+
+    path, released = locate(source), None
+    if path is None:
+        path = download(source, [], None, None, offline)
+        released = next((preset.generation for preset in PRESETS.values() if preset.source == source), None)
+    if path.is_file():
+        found = resolve(path, parts=["unet", "vae"])
+        found.plan("unet", found.build("unet"))
+        return found.configs, found.generation
+    if missing := [CONFIG_FILES[part] for part in ("unet", "vae") if not (path / CONFIG_FILES[part]).is_file()]:
+        raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
+    return {part: read_config(part, path) for part in ("unet", "vae")}, read_generation(path, released)
 
 
 def check_together(configs: Mapping[str, Any]) -> None:

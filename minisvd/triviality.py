@@ -311,13 +311,14 @@ def table(sites: list[SiteCheck], parameters: int) -> str:
     SCA and TCA are the spatial and the temporal cross-attention; "query" is how far the output moves with the query,
     "two keys" the same with one key more, the control.
     """
-    lines = ["site                        kind width |attn-linear|    query  two keys     dead"]
+    lines = ["site                        kind width attn-linear    query  two keys      dead"]
     for site in sites:
         place, kind = ".".join(site.name.split(".")[:-3]), "TCA" if "temporal" in site.name else "SCA"
         query, control = (q.relative for q in (site.report.query, site.report.control.query))
-        numbers = f"{site.width:>5} {site.relative:>13.1e} {query:>8.1e} {control:>9.1e} {site.report.dead.numel:>8,}"
-        failure = "" if site.holds else f" FAILS, dead: {' '.join(site.report.dead.names) or 'nothing'}"
-        lines.append(f"{place:<27} {kind:<4} {numbers}{failure}")
+        numbers = f"{site.width:>5} {site.relative:>11.1e} {query:>8.1e} {control:>9.1e} {site.report.dead.numel:>9,}"
+        lines.append(f"{place:<27} {kind:<4} {numbers}")
+        if not site.holds:
+            lines.append(f"    FAILS, dead: {' '.join(site.report.dead.names) or 'nothing'}")
     error, query = (max(values) for values in zip(*((s.relative, s.report.query.relative) for s in sites), strict=True))
     held, dead = sum(site.holds for site in sites), sum(site.report.dead.numel for site in sites)
     names = sorted({name.removesuffix(".weight") for site in sites for name in site.report.dead.names})

@@ -122,6 +122,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("vcut", VCUTS)
 @pytest.mark.parametrize(("config", "b", "t", "size"), SHAPES, ids=("released", "small", "one frame", "other", "deep"))
+@pytest.mark.slow
 def test_every_module_is_as_the_formulas_say(config, b, t, size, vcut):
     """Parameters, MACs, order, and the shapes that enter and leave each block."""
     blocks = list(unet_blocks(config, t, size, b, BUILDS[vcut]))
@@ -190,6 +191,7 @@ def test_what_comes_once_is_what_condition_does(vcut):
 
 
 @pytest.mark.parametrize(("b", "t"), [(2, 3), (1, 5)])
+@pytest.mark.slow
 def test_published_is_what_diffusers_runs(b, t):
     """It projects every condition for every frame or place; one video of one frame at a time would hide it."""
     # Attention as its two matmuls: not every release of torch counts those of a fused kernel.
@@ -259,6 +261,7 @@ def test_tables_print_every_row(monkeypatch, capsys):
 
 @pytest.mark.parametrize("vcut", VCUTS)
 @pytest.mark.parametrize("cut_step", [None, 1, 3, 9])
+@pytest.mark.slow
 def test_a_run_costs_what_sampling_does(cut_step, vcut):
     """Over a whole sampling run of three steps, conditions included."""
     with torch.device("meta"):
@@ -367,6 +370,7 @@ def header_of_a_release(path: Path, lacks: str = "") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_account_of_a_single_file_reads_its_header_alone(capsys, tmp_path):
     """It is the release, with svd-xt's frames if its name says so; one tensor less, and it is not."""
     file = header_of_a_release(tmp_path / "my_xt.safetensors")

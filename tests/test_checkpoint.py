@@ -77,6 +77,7 @@ VICTIMS = {  # one of each part's tensors: in both layouts made with another, tr
 
 
 @pytest.mark.parametrize(("layout", "part"), VICTIMS)
+@pytest.mark.slow
 def test_one_tensor_missing_extra_or_misshapen_is_an_error_that_names_it_before_any_read(
     layout: str, part: str
 ) -> None:
@@ -196,6 +197,7 @@ for load, variant, dtype in cases:
 
 
 @pytest.mark.linux
+@pytest.mark.slow
 def test_peak_memory_is_at_most_a_tenth_above_the_weights_and_one_tensor(tmp_path: Path, small_folder: Path) -> None:
     """Of the process, mapped file pages included, whatever the dtypes. Control: reading all, then converting."""
     config = replace(UNetConfig(), block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4))
@@ -416,6 +418,7 @@ def test_an_empty_folder_is_told_every_file_it_lacks(tmp_path: Path) -> None:
     assert str(error.value).endswith("it has no .safetensors file at all")
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_the_hub_s_client_nor_open_clip(modules: dict[str, Any]) -> None:
     """They take seconds. Control: once an image encoder was built, as here, open_clip is there."""
     slow = ("open_clip", "huggingface_hub", "diffusers", "transformers")

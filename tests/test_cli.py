@@ -17,7 +17,10 @@ from PIL import Image
 import minisvd
 from minisvd import video as video_module
 from minisvd.cli import main
+from minisvd.pipeline import FAMILIAR
+from tools.tiny import scenes
 
+SMALL = minisvd.load("tiny")
 FAST = ("--device", "cpu", "--frames", "2", "--steps", "1", "--size", "64x64")
 
 
@@ -176,6 +179,19 @@ def test_the_small_model_says_what_it_is_to_pictures_that_it_does_not_know(
     assert "--model svd-xt, the official weights" in said
     assert main(["generate", str(example), "-o", "b.gif", *fast]) == 0
     assert capsys.readouterr().err == ""
+    assert main(["generate", photo.name, "-o", "c.gif", "--model", str(example.parent), *fast]) == 0
+    assert capsys.readouterr().err == said
+
+
+def test_scenes_are_known_to_the_small_model() -> None:
+    """Each of 24; the same pictures with their pixels shuffled are not."""
+    rng = np.random.default_rng(5)
+    drawn = [scenes.random_clip(rng)[3][0] for _ in range(24)]
+    known = [SMALL.familiarity(torch.from_numpy(scenes.to_unit(frame[None]))) >= FAMILIAR for frame in drawn]
+    assert all(known)
+    shuffled = [rng.permutation(frame.reshape(3, -1), axis=1).reshape(frame.shape) for frame in drawn[:4]]
+    known = [SMALL.familiarity(torch.from_numpy(scenes.to_unit(frame[None]))) >= FAMILIAR for frame in shuffled]
+    assert not any(known)
 
 
 def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,6 +313,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.posix
+@pytest.mark.slow
 def test_a_real_ctrl_c_while_sampling_ends_with_130(tiny_folder: Path, photo: Path) -> None:
     """`python -m minisvd`, SIGINT in the middle of 100,000 steps: status 130, no traceback, nothing written."""
     argv = ["generate", photo.name, "-o", "clip.mp4", "--model", str(tiny_folder), *FAST, "--steps", "100000"]

@@ -98,6 +98,7 @@ def test_vbench_i2v_finds_every_video(tiny_folder: Path, photos: Path) -> None:
     assert not set(names("{stem}-{seed}.mp4")) & set(found)  # control
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_finished_by_running_it_again(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_captions_are_told_apart_by_their_words():
     assert sum(retrieval(CaptionedImages(config).eval(), 200)) <= 20  # control: untrained, one in a hundred
 
 
+@pytest.mark.slow
 def test_videos_are_reproducible_and_follow_their_own_numbers():
     svd = minisvd.load("tiny")
     once, again = (torch.stack(list(generate(svd, CLIPS[:2], progress=False))) for _ in range(2))
@@ -104,6 +105,7 @@ def test_videos_are_reproducible_and_follow_their_own_numbers():
     assert (other.frames - once[1]).abs().max() > 1e-2  # control: another seed
 
 
+@pytest.mark.slow
 def test_the_shipped_folder_evaluates():
     """Over four scenes, so no figure is held to its bar but those that training reached by far."""
     result, measured = evaluate(FOLDER, 4, progress=False)

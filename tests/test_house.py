@@ -86,6 +86,7 @@ print(tuple(out.shape), "minisvd" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_model_runs_from_any_folder_that_its_three_files_are_copied_to(tmp_path):
     folder = tmp_path / "borrowed"
     folder.mkdir()

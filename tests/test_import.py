@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import minisvd
 from minisvd.pipeline import Settings, StableVideoDiffusion
 
@@ -15,6 +17,7 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy():
     """Bare import: not even torch. With every public name: torch, but none of the heavy libraries."""
     assert run("import minisvd, sys; print('torch' in sys.modules)") == "False"
@@ -23,6 +26,7 @@ def test_import_loads_nothing_heavy():
     assert run(f"{everything} print('torch' in sys.modules)") == "True"  # control: the probe can see a module
 
 
+@pytest.mark.slow
 def test_every_public_name_costs_under_half_a_second_beyond_torch():
     code = (
         "import torch, time; start = time.process_time(); import minisvd;"
@@ -73,6 +77,7 @@ def types_of(code: str, folder: Path) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_an_editor_knows_what_a_call_returns(tmp_path: Path) -> None:
     assert "0 errors" in types_of(TYPED, tmp_path)
     for wrong in ("svd('a.png', steps='3')", "svd('a.png', stage2='half')", "svd('a.png')[0]"):  # controls

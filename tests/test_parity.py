@@ -46,6 +46,7 @@ def test_unet_equals_diffusers(diffusers_pipeline):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_released_unet_equals_diffusers():
     """The full configuration, 1,524,623,082 parameters, random weights in one copy that both sides share."""
     torch.manual_seed(0)
@@ -64,6 +65,7 @@ def test_released_unet_equals_diffusers():
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.slow
 def test_vae_equals_diffusers(diffusers_pipeline, chunk):
     """Encoder mode and decoded frames, whatever the chunk: diffusers decodes all frames at once here."""
     vae = AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=VAE["block_out_channels"]))
@@ -106,6 +108,7 @@ def test_clip_equals_transformers(diffusers_pipeline, diffusers_folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [(1.0, 3.0), (2.0, 2.0), (1.0, 1.0)])
+@pytest.mark.slow
 def test_pipeline_equals_diffusers(diffusers_pipeline, diffusers_folder, guidance):
     """The same image and noise give the same latents at every step and the same frames, within 1e-4."""
     generator = torch.Generator().manual_seed(4)

@@ -14,6 +14,8 @@ import minisvd
 from tools.cost.reading_cost import If, ReadingCost, find_recipe, main, minisvd_unet, reading_cost
 from tools.output import table_row
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(minisvd.__file__).parent  # as installed, which need not be the checkout
 MODEL = (PACKAGE / "attention.py", PACKAGE / "unet.py")

@@ -31,6 +31,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PATH": path})
 
 
+@pytest.mark.slow
 def test_first_command_makes_a_video(checkout):
     """The half of it after the installation."""
     install, generate = blocks("sh")[0].strip().split(" && ")
@@ -43,6 +44,7 @@ def test_first_command_makes_a_video(checkout):
     assert run(shlex.split(generate.replace("example", "missing")), checkout).returncode == 2  # control
 
 
+@pytest.mark.slow
 def test_python_block_runs(checkout):
     block, _quoted = blocks("python")
     done = run([sys.executable, "-c", block], checkout)

@@ -22,6 +22,8 @@ from tools.study import run as study
 from tools.study.run import BASELINE, Arm, Batch, Bench, Plan, Walks
 from tools.tiny.evaluate import HELD_OUT_SEED
 
+pytestmark = pytest.mark.slow
+
 PLAN = Plan(steps=4, cuts=(1, 3, 5), switch=3)
 
 

@@ -15,6 +15,8 @@ from minisvd import Video
 from tools.measure.metrics import against_truth
 from tools.tiny import scenes
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "weights" / "tiny"
 SLOW, FAST = 90, 230
 

@@ -16,6 +16,8 @@ from minisvd.vae import AutoencoderKLTemporalDecoder
 from tools.tiny.fit import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised
 from tools.tiny.train import decode_frames, mean_psnr
 
+pytestmark = pytest.mark.slow
+
 STAGE = Stage("unet", steps=6, batch=2, lr=1e-3, report=100)
 CONFIG = UNetConfig(
     block_out_channels=(32, 32),

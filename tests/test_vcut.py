@@ -121,6 +121,7 @@ def test_lossless_is_the_released_function_and_vcut_is_not():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_full_configuration_too():
     """1.5 billion random parameters; both builds share all that is not folded."""
     torch.manual_seed(0)
@@ -139,6 +140,7 @@ def test_the_full_configuration_too():
     assert torch.equal(unet(*given), expected)
 
 
+@pytest.mark.slow
 def test_25_guided_steps_of_the_shipped_model():
     """lossless: latents within 1e-5 relative and frames within one 8-bit level; True: the difference is stated."""
     example = Path(__file__).parent.parent / "weights/tiny/example.png"
@@ -255,6 +257,7 @@ def test_gradients_reach_weight_bias_and_embedding():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_compile_has_no_graph_break_and_one_graph_for_all_steps():
     unet = fold(released(), True)
     sample, _, embeds, ids = inputs()
@@ -374,6 +377,7 @@ def test_the_tensors_that_a_fold_drops_are_exactly_the_dead_ones(tiny_folder):
 
 
 @pytest.mark.parametrize("vcut", ["lossless", "on"])
+@pytest.mark.slow
 def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_path, vcut):
     build = {"lossless": "lossless", "on": True}[vcut]
     out = tmp_path / "converted"
