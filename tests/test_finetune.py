@@ -18,6 +18,8 @@ from tools.finetune.clips import Clip, motion_score, read_frames
 from tools.finetune.train import DROPOUT, drawn_loss, edm_loss, main, prepare
 from tools.tiny.fit import Run
 
+pytestmark = pytest.mark.slow
+
 RUN = Run(Path("unused"), (), torch.device("cpu"), 0)
 
 
