@@ -24,6 +24,7 @@ HOME = {  # the module of each public name; torch is imported by the first name 
     "VAEConfig": "config",
     "Video": "video",
     "checkpoint_activations": "adapt",
+    "dead_names": "triviality",
     "edm_sigmas": "sampler",
     "fold": "adapt",
     "guided_denoiser": "sampler",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from .sampler import guided_denoiser as guided_denoiser
     from .sampler import preconditioning as preconditioning
     from .sampler import sample_euler as sample_euler
+    from .triviality import dead_names as dead_names
     from .unet import SpatioTemporalUNet as SpatioTemporalUNet
     from .vae import AutoencoderKLTemporalDecoder as AutoencoderKLTemporalDecoder
     from .video import Video as Video

@@ -3,6 +3,7 @@
 The new network shares the memory of every tensor that it has in common with the old one.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,10 +71,16 @@ def widen_conv_in(unet: SpatioTemporalUNet, channels: int) -> SpatioTemporalUNet
     return rebuilt(unet, state, in_channels=channels)
 
 
-def checkpoint_activations(unet: SpatioTemporalUNet) -> SpatioTemporalUNet:
+AGAIN = partial(checkpoint, use_reentrant=False)
+
+
+def checkpoint_activations(unet: SpatioTemporalUNet, by: Callable[..., Any] | None = AGAIN) -> SpatioTemporalUNet:
     """Train in less memory and more time: every residual block and every transformer keeps its input alone and is
-    computed again in the backward pass. Same outputs, gradients and parameter names; returns `unet`, changed."""
+    computed again in the backward pass, `by` torch's function for that; None undoes it. Same outputs, gradients and
+    parameter names; returns `unet`, changed."""
     for module in unet.modules():
         if isinstance(module, SpatioTemporalResBlock | SpatioTemporalTransformer):
-            module.forward = partial(checkpoint, type(module).forward.__get__(module), use_reentrant=False)
+            module.__dict__.pop("forward", None)
+            if by is not None:
+                module.forward = partial(by, module.forward)
     return unet

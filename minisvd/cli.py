@@ -192,7 +192,8 @@ def verify(args: argparse.Namespace) -> int:
         print(json.dumps({**report, "parameters": parameters, "dead_parameters": dead, "versions": versions()}))
     elif not sites:
         linear = sum(isinstance(module, CachedCondLinear) for module in unet.modules())
-        built = f"the UNet is built with vcut={unet.config.vcut!r}, {linear} sites are linear maps already"
+        are = "linear maps already" if unet.config.cross_attention_dim else "biases: a constant key was folded in"
+        built = f"the UNet is built with vcut={unet.config.vcut!r}, {linear} sites are {are}"
         print(f"nothing to check: {built}; give the model that it was converted from")
     else:
         print(table(sites, parameters))

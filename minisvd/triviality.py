@@ -282,6 +282,16 @@ def cross_attentions(unet: nn.Module) -> dict[str, Attention]:
     return {name: m for name, m in unet.named_modules() if name.split(".")[-1] == "attn2" and isinstance(m, Attention)}
 
 
+def dead_names(unet: nn.Module) -> set[str]:
+    """Parameters that no gradient can reach while each attn2 hears one key: its queries and keys, and the norm before.
+
+    Leave them out of what is trained and of what gets a LoRA; an optimiser's weight decay would still move them.
+    """
+    sites = cross_attentions(unet)
+    projections = {f"{site}.{name}.weight" for site in sites for name in ("to_q", "to_k")}
+    return projections | {f"{site[:-5]}norm2.{name}" for site in sites for name in ("weight", "bias")}
+
+
 def linear_map(attention: nn.Module) -> tuple[Tensor, Tensor]:
     """W = to_out.weight @ to_v.weight, b = to_out.bias, in float64: attention(x, c) = W c + b for one key c."""
     names = "to_out.0.weight", "to_v.weight", "to_out.0.bias"

@@ -217,20 +217,20 @@ class SpatioTemporalUNet(nn.Module):
         self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Conditions = ()
     ) -> tuple[Tensor, Tensor, Conditions]:  # in the comments, svd-xt's shapes with guidance: sample [2,25,8,72,128]
         """x, the frames after conv_in; emb [b, f, c_e], after the silu that every block would apply; conditions."""
-        config, conditions = self.config, conditions or self.condition(image_embeds)
+        config, stride, conditions = self.config, self.config.stride, conditions or self.condition(image_embeds)
         try:  # views that fail, not an `if`: compile, export, vmap and autocast run straight through
-            x = rearrange(sample, "b t c h w -> (b t) c h w", c=config.in_channels)  # [50,8,72,128]
+            x = rearrange(sample, "b t c (h m) (w n) -> (b t) c (h m) (w n)", c=config.in_channels, m=stride, n=stride)
             level = rearrange(torch.atleast_1d(c_noise), "b ... -> b (...)")
-            numbers = rearrange(added_time_ids, "b ... i -> b (...) i", i=config.num_time_ids)
-            b, t = sample.shape[:2]
-            for each in (level, numbers, *conditions[len(self.down_blocks)][0]):
-                each.expand(b, t, *each.shape[2:])
+            ids = rearrange(added_time_ids, "b ... i -> b (...) i", i=config.num_time_ids)
+            for each in (level, ids, *conditions[len(self.down_blocks)][0]):
+                each.expand(*sample.shape[:2], *each.shape[2:])
         except RuntimeError as error:
             sizes = ", ".join(f"{list(x.shape)}" for x in (sample, c_noise, image_embeds, added_time_ids))
-            raise ValueError(f"sample, c_noise, image_embeds, added_time_ids do not agree: {sizes}") from error
-        level = sinusoidal_embedding(level.expand(b, -1), config.block_out_channels[0])
-        numbers = sinusoidal_embedding(numbers.expand(b, -1, -1), config.addition_time_embed_dim).flatten(2)
-        emb = F.silu(self.time_embedding(level.to(x.dtype)) + self.add_embedding(numbers.to(x.dtype)))  # [2,1,1280]
+            need = f"need [b, t, {config.in_channels}, h, w], h and w multiples of {stride}; one row, or one for each b"
+            raise ValueError(f"sample, c_noise, image_embeds, added_time_ids do not agree: {sizes}; {need}") from error
+        level = sinusoidal_embedding(level.expand(sample.shape[0], -1), config.block_out_channels[0])
+        ids = sinusoidal_embedding(ids.expand(sample.shape[0], -1, -1), config.addition_time_embed_dim).flatten(2)
+        emb = F.silu(self.time_embedding(level.to(x.dtype)) + self.add_embedding(ids.to(x.dtype)))  # [2,1,1280]
         return self.conv_in(x), emb, conditions  # [50,320,72,128]
 
     def down(self, x: Tensor, emb: Tensor, conditions: Conditions) -> tuple[Tensor, list[Tensor]]:

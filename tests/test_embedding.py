@@ -79,6 +79,7 @@ def test_one_row_stands_for_all(vcut, which):
     [
         (0, torch.zeros(2, 3, 9, 8, 8)),
         (0, torch.zeros(2, 3, 8, 8)),
+        (0, torch.zeros(2, 3, 8, 6, 8)),  # 6 cannot be halved twice
         (1, torch.zeros(3)),
         (1, torch.zeros(2, 2)),
         (2, torch.zeros(3, 1, 48)),
@@ -553,6 +554,77 @@ def test_dynamically_quantised_linears(vcut):
     quantised = quantize_dynamic(unet, {nn.Linear}, dtype=torch.qint8)
     assert sum("quantized" in type(module).__module__ for module in quantised.modules()) > 20
     assert 0 < relative_error(quantised(*given), unet(*given)) < 0.1
+
+
+@pytest.mark.parametrize("vcut", BUILDS)
+@pytest.mark.parametrize("scheme", ["Int8DynamicActivationInt8Weight", "Int8WeightOnly", "Float8WeightOnly"])
+@torch.no_grad()
+def test_torchao_quantises_every_linear(vcut, scheme):
+    """Float8 products need a GPU that has them; on any other device float8 is how the weights are kept."""
+    from torchao import quantization
+
+    unet, given = tiny(vcut), inputs(h=4, w=4)
+    quantised = copy.deepcopy(unet)
+    quantization.quantize_(quantised, getattr(quantization, f"{scheme}Config")())
+    linears = [module for module in quantised.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) > 90
+    assert all(type(linear.weight) is not nn.Parameter for linear in linears)
+    assert 1e-4 < relative_error(quantised(*given), unet(*given)) < 0.1
+
+
+def test_onnx_with_any_batch_frames_and_size(tmp_path):
+    from onnxruntime import InferenceSession
+    from torch.export import Dim
+
+    unet, auto = tiny("lossless"), Dim.AUTO  # pyright: ignore[reportAttributeAccessIssue]
+    shapes = ({0: auto, 1: auto, 3: auto, 4: auto}, {0: auto}, {0: auto}, {0: auto})
+    program = torch.onnx.export(unet, inputs(h=4, w=6), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    cast(Any, program).save(tmp_path / "unet.onnx")
+    session = InferenceSession(tmp_path / "unet.onnx")
+    names = [value.name for value in session.get_inputs()]
+    for b, t, h, w in ((3, 5, 6, 4), (4, 2, 8, 10)):
+        given = inputs(b, t, h, w)
+        (out,) = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+        assert relative_error(torch.from_numpy(out), unet(*given)) <= 1e-5
+
+
+def lora(unet: SpatioTemporalUNet, modules: list[str]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(cast(Any, unet), LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("vcut", BUILDS)
+def test_lora_learns_where_gradients_reach_and_merges(vcut):
+    """On every linear layer but the dead ones, and in folded builds but `attn2`, which is called otherwise."""
+    unet, given, dead = tiny(vcut), inputs(h=4, w=4), minisvd.dead_names(tiny(vcut))
+    linears = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    model = lora(unet, [name for name in linears if not name.endswith("attn2") and f"{name}.weight" not in dead])
+    model(*given).square().mean().backward()
+    gradients = [p.grad.abs().max() for p in model.parameters() if p.requires_grad]
+    assert len(gradients) > 150
+    assert min(gradients) > 0
+    out = model(*given)
+    assert relative_error(fold(model.merge_and_unload(), vcut or "lossless")(*given), out) <= 1e-5
+    assert relative_error(tiny(vcut)(*given), out) > 1e-2  # control
+
+
+def test_lora_on_the_dead_matrices_never_learns():
+    """Exactly, with the written-out attention; the fused kernel leaves its rounding."""
+    unet, (sample, c_noise, key, ids) = tiny(), inputs(h=4, w=4)
+    targets = [name.removesuffix(".weight") for name in minisvd.dead_names(unet) if "to_" in name]
+    assert len(targets) == 2 * 2 * 4  # queries and keys of SCA and TCA in four transformers
+    model = lora(unet, targets)
+
+    def gradients(keys: Tensor) -> list[float]:
+        model.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):
+            model(sample, c_noise, keys, ids).square().mean().backward()
+        return [p.grad.abs().max().item() for p in model.parameters() if p.requires_grad]
+
+    assert max(gradients(key)) == 0
+    assert min(gradients(torch.cat([key, key.flip(0)], dim=1))) > 0  # control: with two keys they learn
 
 
 @pytest.mark.parametrize("vcut", BUILDS)

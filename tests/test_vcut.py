@@ -21,6 +21,9 @@ from conftest import relative_error
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, fold, guided_denoiser, sample_euler
 from minisvd.attention import Attention, CachedCondLinear
 from minisvd.checkpoint import resolve
+from minisvd.cli import main
+from minisvd.images import load_image
+from tools.folder.convert import main as convert
 
 CONFIG = UNetConfig(
     block_out_channels=(32, 64), attention=(True, False), num_attention_heads=(2, 4), cross_attention_dim=48
@@ -385,3 +388,26 @@ def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_pa
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "exists" in again.stderr
+
+
+@pytest.mark.parametrize("key", ["zeros", "weights/tiny/example.png"])
+@torch.no_grad()
+def test_convert_folds_a_constant_key_into_biases(key, tmp_path, capsys):
+    """The UNet alone, equal to the released build that hears that key; `verify` says what it is."""
+    svd, out = minisvd.load("tiny"), tmp_path / "constant"
+    assert convert(["tiny", str(out), "--vcut", "lossless", "--dtype", "float32", "--key", key]) == 0
+    heard = torch.zeros(1, 1, 128) if key == "zeros" else svd.clip(load_image(key, svd.generation.size))
+    sample, level, ids = torch.randn(1, 8, 8, 8, 8), torch.tensor(0.5), torch.tensor([[6, 127, 0.02]])
+    expected, constant = svd.unet(sample, level, heard, ids), minisvd.load_unet(out)
+    assert relative_error(constant(sample, level, torch.empty(1, 1, 0), ids), expected) < 1e-5
+    assert relative_error(svd.unet(sample, level, heard + 0.1, ids), expected) > 1e-4  # control
+    assert sum(p.numel() for n, p in constant.named_parameters() if n.endswith("attn2.weight")) == 0
+    capsys.readouterr()
+    assert main(["verify", "--model", str(out)]) == 0
+    assert "14 sites are biases: a constant key was folded in" in capsys.readouterr().out
+
+
+def test_convert_refuses_a_key_without_a_fold(tmp_path, capsys):
+    assert convert(["tiny", str(tmp_path / "out"), "--key", "zeros"]) == 2
+    assert "need [128] and a folded build" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

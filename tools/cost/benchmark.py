@@ -1,6 +1,7 @@
 """Is minisvd's UNet as fast as diffusers'? Both run in turn, in one process, on the same weights and inputs.
 
     python -m tools.cost.benchmark                                                        the ratio, on the CPU
+    python -m tools.cost.benchmark --vcut lossless                                        the same, folded
     python -m tools.cost.benchmark --device cuda --dtype float16 --config full --frames 14 --size 1024x576
 
 First the outputs are compared (diffusers' residual eps is set to the original 1e-5); then, after a warm-up, A B B A
@@ -25,6 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
 from minisvd.config import UNetConfig
+from minisvd.diffusers import fold
 from minisvd.unet import SpatioTemporalUNet
 from tools.measure.metrics import bootstrap_interval
 
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--config", choices=CONFIGS, default="small")
+    parser.add_argument("--vcut", choices=("off", "lossless"), default="off", help="minisvd's build; one function")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", default="256x256", help="pixels, WxH, multiples of 64 (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="forwards of each (default: %(default)s)")
@@ -130,6 +133,7 @@ def main() -> None:
     dtype, config = DTYPES[args.dtype], CONFIGS[args.config]
     w, h = (int(side) // 8 for side in args.size.split("x"))
     ours, theirs = both_unets(config, args.device, dtype)
+    ours = fold(ours, "lossless") if args.vcut == "lossless" else ours
     inputs = example_inputs(config, args.frames, w, h, args.device, dtype)
 
     error = relative_error(ours(*inputs), theirs(*inputs, return_dict=False)[0])
@@ -139,7 +143,8 @@ def main() -> None:
     timing = compare(lambda: ours(*inputs), lambda: theirs(*inputs, return_dict=False)[0], args.repeats, args.device)
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
     print(f"UNet forward, {args.config} configuration, {args.frames} frames of {args.size}, {args.dtype}, {where},")
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {args.repeats} forwards of each")
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    print(f"{versions}, {args.repeats} forwards of each, vcut {args.vcut}")
     print(f"largest difference of outputs   {error:.1e} of the largest output")
     if args.device.startswith("cuda"):
         print(f"minisvd, median                 {timing.ours * 1e3:.1f} ms")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -94,20 +94,22 @@ def fit(
 
     AdamW unless `optimize` makes another; gradient norm at most 1; learning rate linear up over 100 steps, held if the
     stage says so, and a cosine down to zero. `loss` draws its share of the batch from a generator that only seed,
-    stage, step and process fix: a stopped run goes on as it would.
+    stage, step and process fix: a stopped run goes on as it would. What is frozen exists once, in model and average
+    alike, and in no checkpoint.
     """
     checkpoint = run.work / f"{stage.name}.pt"
     torch.manual_seed(run.seed)
     model = build().to(run.device)
-    ema = copy.deepcopy(model)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    ema = copy.deepcopy(model, {id(p): p for p in frozen.values()})
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     averaged: list[Tensor] = [a for a, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
     optimizers = (optimize or adamw)(model, stage.lr)
     first, state = 0, {}
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=run.device)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        model.load_state_dict(state["model"], strict=False)
+        ema.load_state_dict(state["ema"], strict=False)
         first = state["step"]
     if run.processes > 1:
         distributed.barrier()  # nobody writes a checkpoint before everybody has read it
@@ -143,7 +145,9 @@ def fit(
             losses = []
         if run.rank == 0 and (time.monotonic() - saved > SAVE_EVERY or done):
             with atomic(checkpoint) as path:
-                state = {"step": step, "model": model.state_dict(), "ema": ema.state_dict()}
+                state: dict[str, Any] = {"step": step}
+                for name, module in (("model", model), ("ema", ema)):
+                    state[name] = {k: tensor for k, tensor in module.state_dict().items() if k not in frozen}
                 torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
             saved = time.monotonic()
     return ema

@@ -1,0 +1,60 @@
+"""Theorem: what tools/embedding.md says to run runs, from a checkout, in the order in which it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minisvd
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "tools/embedding.md").read_text(encoding="utf-8")
+FEWER = (
+    ("--count 200", "--count 4"),
+    ("--count 50", "--count 2"),
+    ("--steps 200", "--steps 2"),
+    ("--batch 12", "--batch 2"),
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("weights", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_blocks_run(checkout):
+    dropped_in, replaced = blocks("python")
+    said = run([sys.executable, "-c", dropped_in + replaced], checkout).splitlines()
+    assert said == ["8 96 torch.float32", "torch.Size([1, 8, 4, 8, 8])"]
+    folded = minisvd.load_unet(checkout / "folded")
+    assert folded.config.vcut == "lossless"
+
+
+@pytest.mark.slow
+def test_commands_run(checkout):
+    """With fewer clips and steps than the page has."""
+    (commands,) = blocks("sh")
+    for full, fewer in FEWER:
+        assert full in commands
+        commands = commands.replace(full, fewer)
+    said = run(["sh", "-ec", commands], checkout).splitlines()
+    assert said[-1] == "arc.mp4"
+    assert said[-2].startswith("2 unseen arcs: the shape ends ")
+    assert minisvd.load(checkout / "runs/arcs/model").unet.config == minisvd.load("tiny").unet.config
