@@ -36,7 +36,7 @@ Conditions = Sequence[list[tuple[Tensor, ...]]]  # of each block in turn: what i
 class ResnetBlock2D(nn.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w].
 
-    The norms' eps is 1e-5, as trained. diffusers runs 18 of the 22 residual blocks at 1e-6: see the README.
+    The norms' eps is 1e-5, as trained. diffusers runs 18 of the 22 residual blocks at 1e-6.
     """
 
     def __init__(self, c_in: int, c_out: int, c_emb: int) -> None:

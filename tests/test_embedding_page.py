@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from onnxruntime import InferenceSession
 
 import minisvd
+from conftest import relative_error
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "tools/embedding.md").read_text(encoding="utf-8")
@@ -39,12 +42,30 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_python_blocks_run(checkout):
-    dropped_in, replaced = blocks("python")
-    said = run([sys.executable, "-c", dropped_in + replaced], checkout).splitlines()
-    assert said == ["8 96 torch.float32", "torch.Size([1, 8, 4, 8, 8])"]
+    """And the ONNX file that they write holds for another batch, number of frames and size."""
+    said = run([sys.executable, "-c", "\n".join(blocks("python"))], checkout).splitlines()
+    video = "torch.Size([2, 8, 4, 16, 16])"
+    fine = [
+        f"{video} {video}",
+        "tensor(True)",
+        video,
+        f"{video} lossless",
+        "8 96 torch.float32",
+        "torch.bfloat16",
+        video,
+    ]
+    assert [line for line in said if not line.startswith("[torch.onnx]")] == [*fine, f"{video} {video} 56"]
     folded = minisvd.load_unet(checkout / "folded")
-    assert folded.config.vcut == "lossless"
+    assert minisvd.load_unet(checkout / "dropped-in").config.vcut == folded.config.vcut == "lossless"
+
+    session = InferenceSession(checkout / "unet.onnx")
+    given = torch.randn(3, 5, 8, 8, 12), torch.randn(3), torch.randn(3, 1, 128), torch.tensor([[6, 90, 0.1]] * 3)
+    named = {value.name: x.numpy() for value, x in zip(session.get_inputs(), given, strict=True)}
+    (out,) = session.run(None, named)
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(out), folded(*given)) <= 1e-5
 
 
 @pytest.mark.slow

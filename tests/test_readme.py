@@ -46,14 +46,16 @@ def test_first_command_makes_a_video(checkout):
 
 @pytest.mark.slow
 def test_python_block_runs(checkout):
-    block, _quoted = blocks("python")
-    done = run([sys.executable, "-c", block], checkout)
+    first, embedding, _quoted = blocks("python")
+    done = run([sys.executable, "-c", first + embedding], checkout)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([8, 3, 64, 64]) 7.0" in done.stdout
     assert (checkout / "fast.gif").read_bytes()[:6] == b"GIF89a"
+    assert (checkout / "folded/config.json").is_file()
 
 
 READMES = {ROOT / folder / "README.md" for folder in ("", "tools", "weights", "weights/tiny")}
+READMES |= {ROOT / "tools/embedding.md"}
 
 
 def test_linked_files_exist():
@@ -65,7 +67,7 @@ def test_linked_files_exist():
 
 
 def test_quoted_block_is_the_code():
-    _run, quoted = blocks("python")
+    *_run, quoted = blocks("python")
     source = (ROOT / "minisvd/attention.py").read_text(encoding="utf-8")
     first, body = quoted.split("\n", 1)
     assert first == "class BasicTransformerBlock(nn.Module):"
