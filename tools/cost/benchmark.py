@@ -25,8 +25,8 @@ from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
+from minisvd.adapt import fold
 from minisvd.config import UNetConfig
-from minisvd.diffusers import fold
 from minisvd.unet import SpatioTemporalUNet
 from tools.measure.metrics import bootstrap_interval
 
