@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import locate, resolve
@@ -209,8 +208,9 @@ class StableVideoDiffusion:
         for rows in torch.arange(b).split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
-            with decoding_bar(self.vae, progress):
-                frames = self.vae.decode(latents, decode_chunk)
+            blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
+            with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
+                frames = self.vae.decode(latents, decode_chunk, callback=bar.update)
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
             videos += [Video(frames[i], fps=float(fps[row])) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
@@ -298,24 +298,6 @@ def checked_sigmas(sigmas: Tensor) -> Tensor:
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] != 0 or not (sigmas.diff() < 0).all() or sigmas[0].isinf():
         raise ValueError(f"sigmas are {sigmas.tolist()}; need at least two finite levels that fall strictly to 0")
     return sigmas
-
-
-@contextmanager
-def decoding_bar(vae: nn.Module, progress: bool) -> Iterator[None]:
-    """A bar that advances with each of the decoder's spatio-temporal blocks."""
-    blocks = [module for module in vae.modules() if isinstance(module, VideoResBlock)]
-    with tqdm(total=len(blocks), desc="decoding ", unit="block", disable=not progress) as bar:
-        hooks = [block.register_forward_hook(lambda *_: advance(bar)) for block in blocks]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def advance(bar: tqdm) -> None:
-    """One block more. Returns None, because torch puts what a hook returns in the place of the block's output."""
-    bar.update()
 
 
 def load(
