@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from io import BufferedReader
+from itertools import repeat
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,12 +82,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     }
 
 
-def read_tensor(file: BufferedReader, entry: Entry) -> Tensor:
-    """Into memory of its own: safetensors would map the file, and every page ever read would count until its end."""
-    buffer = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-    file.seek(entry.start)
-    file.readinto(buffer.numpy().data)
-    return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)
+def read_tensor(file: BufferedReader, entry: Entry, pages: mmap | None = None) -> Tensor:
+    """The file's own `pages`, if given and aligned; else read into memory of its own.
+
+    What is to be converted is better read: mapped, every page of it would count until the mapping's end.
+    """
+    dtype, size = DTYPES[entry.dtype], entry.stop - entry.start
+    if pages is not None and size and entry.start % dtype.itemsize == 0:
+        buffer = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=entry.start)
+    else:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        file.seek(entry.start)
+        file.readinto(buffer.numpy().data)
+    return buffer.view(dtype).reshape(entry.shape)
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         vcut: Vcut | None = None,
+        copy: bool = False,
     ) -> dict[str, Any]:
         """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
 
@@ -117,18 +127,26 @@ class Checkpoint:
 
         Every name, shape and dtype of every part is settled before the first tensor is read. Peak memory is that
         of the weights in `dtype` and of the one tensor being converted.
+
+        On the CPU, tensors that a file holds in `dtype` are its pages, mapped: none is read before it is used, and
+        training changes the process's copy of a page, never the file. A file that is replaced or deleted lives on
+        until then (Windows refuses); one that is cut ends the process with SIGBUS at the next unread page, and one that
+        is written over in place may show. `copy` reads everything at once instead and needs the file no more.
         Raises ValueError for a tensor that is missing, left over or misshapen, and for a `dtype` without fractions.
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; need a floating-point one such as torch.float16")
         modules = {part: self.build(part, vcut) for part in self.configs}
         plans = {part: self.plan(part, module) for part, module in modules.items()}
+        mapped = not copy and torch.device(device).type == "cpu"
         for part, module in modules.items():
             header, state = self.headers[part], {}
             with open(self.files[part], "rb") as file:
+                pages = mmap(file.fileno(), 0, access=ACCESS_COPY) if mapped else None
                 for name, (names, join) in plans[part].items():
-                    read = (read_tensor(file, header[source]) for source in names)
-                    state[name] = join(*read).to(device, dtype).contiguous()
+                    entries = [header[source] for source in names]
+                    kept = [pages if DTYPES[entry.dtype] == dtype else None for entry in entries]
+                    state[name] = join(*map(read_tensor, repeat(file), entries, kept)).to(device, dtype).contiguous()
             module.load_state_dict(state, strict=True, assign=True)
             module.eval()
         return modules
@@ -308,12 +326,13 @@ def load_unet(
     variant: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    copy: bool = False,
 ) -> SpatioTemporalUNet:
     """The UNet alone, in eval mode; of a hub id only the UNet is downloaded. Arguments and errors as for `resolve`.
 
-    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build, as for
-    `Checkpoint.load`.
+    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build and
+    `copy` keeps no file mapped, as for `Checkpoint.load`.
     """
     configs = {"unet": config} if config else None
     found = resolve(source, parts=["unet"], configs=configs, variant=variant, revision=revision, offline=offline)
-    return found.load(device=device, dtype=dtype, vcut=vcut)["unet"]
+    return found.load(device=device, dtype=dtype, vcut=vcut, copy=copy)["unet"]

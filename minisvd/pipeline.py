@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import locate, resolve
@@ -209,8 +208,9 @@ class StableVideoDiffusion:
         for rows in torch.arange(b).split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
-            with decoding_bar(self.vae, progress):
-                frames = self.vae.decode(latents, decode_chunk)
+            blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
+            with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
+                frames = self.vae.decode(latents, decode_chunk, callback=bar.update)
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
             videos += [Video(frames[i], fps=float(fps[row])) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
@@ -300,24 +300,6 @@ def checked_sigmas(sigmas: Tensor) -> Tensor:
     return sigmas
 
 
-@contextmanager
-def decoding_bar(vae: nn.Module, progress: bool) -> Iterator[None]:
-    """A bar that advances with each of the decoder's spatio-temporal blocks."""
-    blocks = [module for module in vae.modules() if isinstance(module, VideoResBlock)]
-    with tqdm(total=len(blocks), desc="decoding ", unit="block", disable=not progress) as bar:
-        hooks = [block.register_forward_hook(lambda *_: advance(bar)) for block in blocks]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def advance(bar: tqdm) -> None:
-    """One block more. Returns None, because torch puts what a hook returns in the place of the block's output."""
-    bar.update()
-
-
 def load(
     source: str | Path = "tiny",
     *,
@@ -327,14 +309,16 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    copy: bool = False,
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
     `vcut` is the UNet's build (see `SpatioTemporalUNet`): False as released, "lossless" the same function with each
     cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
-    files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before.
+    files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before. Weights that
+    need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
-    parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut)
+    parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -7,14 +7,15 @@ Axes: b batch, t frames, c channels, h w grid, g groups of channels, s = h*w tok
 
 What differs from Stable Diffusion's VAE: after each residual block of the decoder comes a second one whose
 kernels reach one frame back and one ahead, and a learned sigmoid blends the two (here its weight is on the
-TEMPORAL branch). Decoding in chunks bounds memory and changes nothing: spatial layers see frames one by one
-anyway; temporal ones get the frame beyond each chunk's edge, and norms their statistics over all frames.
+TEMPORAL branch). The forwards of the modules are the plain equations, on whole videos. `decode` computes the same in
+little memory: spatial layers see frames one by one anyway, temporal ones places; only norms need all of a video.
 
 Source: arXiv 2311.15127, appendix D; arXiv 2304.08818 (temporal decoder).
 """
 
-from collections.abc import Iterator
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +27,14 @@ from .config import NUM_GROUPS, VAEConfig
 from .unet import Upsample
 
 SPATIAL_EPS, TEMPORAL_EPS = 1e-6, 1e-5
+Hold = Literal["two", "one", "host"]
+"""What decoding holds of a video: two activations; or one, which costs a second temporal convolution; or that on the
+host."""
 
 
-def framewise(module: nn.Module, x: Tensor, chunk: int) -> Tensor:
-    """Apply an image module to `chunk` frames at a time: [b,t,c,h,w] -> [b,t,c',h',w']."""
-    frames = rearrange(x, "b t c h w -> (b t) c h w")
-    out = joined((module(part) for part in frames.split(chunk)), len(frames), dim=0)
-    return rearrange(out, "(b t) c h w -> b t c h w", b=len(x))
-
-
-def joined(parts: Iterator[Tensor], length: int, dim: int) -> Tensor:
-    """torch.cat of parts that are made one at a time: at no moment are all of them held beside the whole."""
-    first = next(parts)
-    if first.shape[dim] == length:
-        return first
-    whole, start = first.new_empty([*first.shape[:dim], length, *first.shape[dim + 1 :]]), 0
-    for part in chain([first], parts):
-        whole.narrow(dim, start, part.shape[dim]).copy_(part)
-        start += part.shape[dim]
-    return whole
+def framewise(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an image module to every frame: [b,t,c,h,w] -> [b,t,c',h',w']."""
+    return rearrange(module(rearrange(x, "b t c h w -> (b t) c h w")), "(b t) c h w -> b t c h w", b=len(x))
 
 
 class ResnetBlock(nn.Module):
@@ -59,20 +49,19 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [b,c,h,w]
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return self.conv_shortcut(x) + h
 
 
 class TemporalConv(nn.Conv3d):
-    """A convolution of kernel 3x1x1 along time, which two frames beyond the result's ends must surround.
+    """A convolution of kernel 3x1x1 along time, zeros beyond the video's ends: [b,c,t,s] -> [b,c,t,s].
 
-    Computed as a 2D one, row by row: the same sums, for which every device has a fast kernel.
+    Computed as a 2D one over frames and places: the same sums, for which every device has a fast kernel.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [b,t+2,c,h,w] -> [b,t,c,h,w]
-        h = F.conv2d(rearrange(x, "b t c h w -> (b h) c t w"), self.weight[..., 0], self.bias)
-        return rearrange(h, "(b h) c t w -> b t c h w", b=len(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
 
 
 class ResnetBlockOverTime(nn.Module):
@@ -85,44 +74,10 @@ class ResnetBlockOverTime(nn.Module):
         self.norm2 = nn.GroupNorm(NUM_GROUPS, c, TEMPORAL_EPS)
         self.conv2 = TemporalConv(c, c, (3, 1, 1))
 
-    def forward(self, x: Tensor, chunk: int) -> Tensor:  # [b,t,c,h,w]
-        h = norm_silu_conv(self.norm1, self.conv1, x, chunk)
-        h = norm_silu_conv(self.norm2, self.conv2, h, chunk)
-        return h.add_(x)  # in place: at full size each of these is gigabytes
-
-
-def norm_silu_conv(norm: nn.GroupNorm, conv: TemporalConv, x: Tensor, chunk: int) -> Tensor:
-    """conv(silu(norm(x))) over time, [b,t,c,h,w] -> [b,t,c,h,w], computed `chunk` frames at a time, exactly."""
-    t, (scale, shift) = x.shape[1], norm_over_frames(norm, x, chunk)
-
-    def part(start: int, stop: int) -> Tensor:
-        h = F.silu(x[:, max(start - 1, 0) : stop + 1] * scale + shift)  # one frame more on either side, if there is
-        h = F.pad(h, (0, 0) * 3 + (int(start == 0), int(stop == t)))  # beyond the video's ends: zeros
-        return conv(h)
-
-    return joined((part(start, min(start + chunk, t)) for start in range(0, t, chunk)), t, dim=1)
-
-
-def norm_over_frames(norm: nn.GroupNorm, x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """GroupNorm over [t, c/g, h, w] as a scale and a shift [b,1,c,1,1], so that norm(x) = x * scale + shift.
-
-    By the law of total variance: var(x) = E_t[var(x_t)] + var_t(E[x_t]), from each frame's own mean and variance.
-    """
-    groups = (rearrange(part, "b t (g c) h w -> b t g (c h w)", g=NUM_GROUPS) for part in x.split(chunk, dim=1))
-    moments = [var_mean(part.float()) for part in groups]
-    var, mean = (torch.cat(parts, dim=1) for parts in zip(*moments, strict=True))  # [b,t,g] each
-    std = (var.mean(1) + mean.var(1, correction=0) + norm.eps).sqrt()
-    c = norm.num_channels // NUM_GROUPS
-    weight, bias = (rearrange(p, "c -> 1 1 c 1 1") for p in (norm.weight, norm.bias))
-    scale = weight / repeat(std, "b g -> b 1 (g c) 1 1", c=c)
-    shift = bias - repeat(mean.mean(1), "b g -> b 1 (g c) 1 1", c=c) * scale
-    return scale.to(x.dtype), shift.to(x.dtype)
-
-
-def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over the last axis; several times as fast as torch.var_mean on a CPU."""
-    mean = x.mean(-1, keepdim=True)
-    return (x - mean).square_().mean(-1), mean.squeeze(-1)
+    def forward(self, x: Tensor) -> Tensor:  # [b,c,t,s]
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return x + h
 
 
 class VideoResBlock(nn.Module):
@@ -134,9 +89,10 @@ class VideoResBlock(nn.Module):
         self.temporal_res_block = ResnetBlockOverTime(c_out)
         self.time_mixer = AlphaBlender(0.0)
 
-    def forward(self, x: Tensor, chunk: int) -> Tensor:  # [b,t,c,h,w]
-        spatial = framewise(self.spatial_res_block, x, chunk)
-        return self.time_mixer(self.temporal_res_block(spatial, chunk), spatial)
+    def forward(self, x: Tensor) -> Tensor:  # [b,t,c,h,w]
+        space = rearrange(framewise(self.spatial_res_block, x), "b t c h w -> b c t (h w)")
+        mixed = self.time_mixer(self.temporal_res_block(space), space)
+        return rearrange(mixed, "b c t (h w) -> b t c h w", w=x.shape[-1])
 
 
 class SpatialAttention(nn.Module):
@@ -180,15 +136,19 @@ class DownEncoderBlock(nn.Module):
 
 
 class UpBlockTemporalDecoder(nn.Module):
-    """Three spatio-temporal residual blocks, then twice the grid, except at the outermost level.
-
-    The decoder walks through them itself: a forward here would keep the block's input, gigabytes, to its end.
-    """
+    """Three spatio-temporal residual blocks, then twice the grid, except at the outermost level."""
 
     def __init__(self, c_in: int, c_out: int, last: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([VideoResBlock(c, c_out) for c in (c_in, c_out, c_out)])
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for upsampler in self.upsamplers:
+            x = framewise(upsampler, x)
+        return x
 
 
 class MidBlockEncoder(nn.Module):
@@ -211,9 +171,8 @@ class MidBlockTemporalDecoder(nn.Module):
         self.resnets = nn.ModuleList([VideoResBlock(c, c), VideoResBlock(c, c)])
         self.attentions = nn.ModuleList([SpatialAttention(c)])
 
-    def forward(self, x: Tensor, chunk: int) -> Tensor:
-        x = self.resnets[0](x, chunk)
-        return self.resnets[1](framewise(self.attentions[0], x, chunk), chunk)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](framewise(self.attentions[0], self.resnets[0](x)))
 
 
 class Encoder(nn.Module):
@@ -250,15 +209,16 @@ class TemporalDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))
 
-    def forward(self, z: Tensor, chunk: int) -> Tensor:
-        x = self.mid_block(framewise(self.conv_in, z, chunk), chunk)
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(framewise(self.conv_in, z))
         for block in self.up_blocks:
-            assert isinstance(block, UpBlockTemporalDecoder)
-            for resnet in block.resnets:
-                x = resnet(x, chunk)
-            for upsampler in block.upsamplers:
-                x = framewise(upsampler, x, chunk)
-        x = framewise(nn.Sequential(self.conv_norm_out, nn.SiLU(), self.conv_out), x, chunk)
+            x = block(x)
+        return self.last(framewise(self.to_colours, x))
+
+    def to_colours(self, x: Tensor) -> Tensor:  # [b,c,H,W] -> [b,3,H,W]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def last(self, x: Tensor) -> Tensor:  # [b,t,3,H,W]
         return rearrange(self.time_conv_out(rearrange(x, "b t c h w -> b c t h w")), "b c t h w -> b t c h w")
 
 
@@ -284,19 +244,125 @@ class AutoencoderKLTemporalDecoder(nn.Module):
         h = in_float32(self.quant_conv, in_float32(self.encoder, image.float()))
         return h[:, : self.config.latent_channels].to(self.quant_conv.weight.dtype)
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        chunk: int | None = None,
+        hold: Hold = "two",
+        callback: Callable[[], object] | None = None,
+    ) -> Tensor:
         """Scaled latents [b,t,4,h,w] -> frames [b,t,3,8h,8w], about [-1,1]: decoder(latents / scaling_factor).
 
-        `chunk` frames are in work at a time, all by default: less memory, the same frames (to rounding).
-        Raises ValueError for another rank or channel count, and for chunk < 1.
+        `chunk` frames are in spatial work at a time, all by default, and `hold` says what is held of the video beside
+        them: less memory, the same frames (to rounding). `callback` is called after each of the decoder's residual
+        blocks. With gradients on, the plain forward runs: all is held, and the last three arguments say nothing.
+        Raises ValueError for another rank or channel count, for chunk < 1 and for another `hold`.
         """
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[2] != channels:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; need [b,t,{channels},h,w]")
         if chunk is not None and chunk < 1:
             raise ValueError(f"decode chunk is {chunk}; need at least 1 frame")
+        if hold not in get_args(Hold):
+            raise ValueError(f"hold is {hold!r}; need one of {', '.join(get_args(Hold))}")
         z = latents.to(self.quant_conv.weight.dtype) / self.config.scaling_factor
-        return self.decoder(z, chunk or latents.shape[1])
+        if torch.is_grad_enabled():
+            return self.decoder(z)
+        return Stream(self.decoder, chunk or latents.shape[1], hold, callback or (lambda: None))(z)
+
+
+# --- decoding in little memory ----------------------------------------------------------------------------------------
+
+
+class Stream:
+    """The decoder's forward, exactly, on a video held as a list of frames [b,c,h,w], each replaced as it is used up.
+
+    Spatial layers take `chunk` frames at a time. Temporal ones take a strip of rows of all frames, half a frame in all,
+    in place: their kernels see one place at a time, their norms need statistics of the whole before the first value.
+    """
+
+    def __init__(self, decoder: TemporalDecoder, chunk: int, hold: Hold, advance: Callable[[], object]) -> None:
+        self.decoder, self.chunk, self.hold, self.advance = decoder, chunk, hold, advance
+
+    def __call__(self, z: Tensor) -> Tensor:
+        decoder, self.device = self.decoder, z.device
+        mid, frames = decoder.mid_block, [frame.to(self.store) for frame in z.unbind(1)]
+        self.spatial(decoder.conv_in, frames)
+        self.both(nn.Identity(), mid.resnets[0], frames)
+        self.both(mid.attentions[0], mid.resnets[1], frames)
+        before: list[nn.Module] = []
+        for block in decoder.up_blocks:
+            assert isinstance(block, UpBlockTemporalDecoder)
+            for resnet in block.resnets:
+                self.both(nn.Sequential(*before), resnet, frames)
+                before = []
+            before = [*block.upsamplers]
+        self.spatial(decoder.to_colours, frames)
+        return decoder.last(torch.stack([frame.to(self.device) for frame in frames], dim=1))
+
+    @property
+    def store(self) -> torch.device:
+        return torch.device("cpu") if self.hold == "host" else self.device
+
+    def both(self, before: nn.Module, block: nn.Module, frames: list[Tensor]) -> None:
+        """A block in space and time, after what comes `before` it: so an enlarged video never exists whole."""
+        assert isinstance(block, VideoResBlock)
+        self.spatial(nn.Sequential(before, block.spatial_res_block), frames)
+        self.temporal(block.temporal_res_block, block.time_mixer.mix_factor.sigmoid(), frames)
+        self.advance()
+
+    def spatial(self, module: Callable[[Tensor], Tensor], frames: list[Tensor]) -> None:
+        """frames <- module(frames)."""
+        b = len(frames[0])
+        for start in range(0, len(frames), self.chunk):
+            part = torch.cat(frames[start : start + self.chunk]).to(self.device)
+            frames[start : start + self.chunk] = module(part).to(self.store).split(b)
+
+    def temporal(self, block: ResnetBlockOverTime, a: Tensor, frames: list[Tensor]) -> None:
+        """frames <- a * block(frames) + (1 - a) * frames, that is frames + a * (block(frames) - frames)."""
+        t, h = len(frames), frames[0].shape[2]
+        rows = max(1, h // (2 * t))
+        strips = [slice(start, start + rows) for start in range(0, h, rows)]
+        norm1 = over_video(block.norm1, (frame.to(self.device)[:, :, None].flatten(3) for frame in frames))
+
+        def hidden(strip: slice) -> Tensor:
+            x = torch.stack([frame[:, :, strip] for frame in frames], dim=2).flatten(3).to(self.device)  # [b,c,t,s]
+            return block.conv1(F.silu(norm1(x), inplace=True))
+
+        held = [hidden(strip) for strip in strips] if self.hold == "two" else []
+        norm2 = over_video(block.norm2, held or map(hidden, strips))
+        for strip in strips:
+            x = held.pop(0) if held else hidden(strip)
+            x = (a * block.conv2(F.silu(norm2(x), inplace=True))).unflatten(3, (-1, frames[0].shape[3])).to(self.store)
+            for frame, change in zip(frames, x.unbind(2), strict=True):
+                frame[:, :, strip] += change
+
+
+def over_video(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """GroupNorm whose statistics are those of all parts [b,c,t,s] of a video together, as a scale and a shift.
+
+    By the law of total variance: var(x) = E_i[var(x_i)] + var_i(E[x_i]), from each part's own mean and variance.
+    """
+    moments, sizes = [], []
+    for part in parts:
+        groups = rearrange(part, "b (g c) t s -> b g (c t s)", g=NUM_GROUPS).float()
+        moments.append(torch.stack(var_mean(groups)))
+        sizes.append(groups.shape[-1])
+    share = torch.tensor(sizes).to(moments[0]) / sum(sizes)
+    var, mean = torch.stack(moments, dim=-1)  # [b,g,i] each
+    total = (mean * share).sum(-1)
+    std = ((var + (mean - total[..., None]).square()) * share).sum(-1).add(norm.eps).sqrt()
+    c = norm.num_channels // NUM_GROUPS
+    scale = rearrange(norm.weight, "c -> 1 c 1 1") / repeat(std, "b g -> b (g c) 1 1", c=c)
+    shift = rearrange(norm.bias, "c -> 1 c 1 1") - repeat(total, "b g -> b (g c) 1 1", c=c) * scale
+    scale, shift = scale.to(norm.weight.dtype), shift.to(norm.weight.dtype)
+    return lambda x: torch.addcmul(shift, x, scale)
+
+
+def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over the last axis; several times as fast as torch.var_mean on a CPU."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean).square_().mean(-1), mean.squeeze(-1)
 
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:

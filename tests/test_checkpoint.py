@@ -1,5 +1,6 @@
 """Both published layouts fill the same modules completely, and whatever cannot be loaded is refused by name."""
 
+import gc
 import json
 import os
 import subprocess
@@ -160,6 +161,61 @@ def test_one_part_alone_needs_only_its_own_files(modules: dict[str, Any], small_
         assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), modules["unet"].parameters(), strict=True))
     with pytest.raises(FileNotFoundError, match=r"lacks vae/config.json, image_encoder/config.json, vae/.*, image_enc"):
         resolve(tmp_path)
+
+
+# --- mapping ----------------------------------------------------------------------------------------------------
+
+
+def is_mapped(path: Path) -> bool:
+    gc.collect()
+    return str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.linux
+def test_weights_are_mapped_unless_converted_or_copied(modules: dict[str, Any], tmp_path: Path) -> None:
+    """The file's pages while a module lives; the same numbers any way, and when the file has been deleted."""
+    folder = write_folder(tmp_path, {"unet": modules["unet"]})
+    path = folder / f"{STEMS['unet']}.safetensors"
+    expected = modules["unet"].state_dict()
+    unet = load_unet(folder)
+    assert is_mapped(path)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in unet.state_dict().items())
+    del unet
+    assert not is_mapped(path)
+    half, copied = load_unet(folder, dtype=torch.float16), load_unet(folder, copy=True)
+    assert not is_mapped(path)
+    assert half.conv_in.weight.dtype == torch.float16
+    unet = load_unet(folder)
+    path.unlink()
+    for module in (unet, copied):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
+
+
+def test_training_changes_neither_the_file_nor_another_load(modules: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"unet": modules["unet"]})
+    path = folder / f"{STEMS['unet']}.safetensors"
+    before, trained, other = path.read_bytes(), load_unet(folder), load_unet(folder)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1)
+    assert path.read_bytes() == before
+    for parameter, same, given in zip(
+        trained.parameters(), other.parameters(), modules["unet"].parameters(), strict=True
+    ):
+        assert torch.equal(same, given)
+        assert torch.equal(parameter, given + 1)  # control: it did change
+
+
+def test_a_file_whose_tensors_are_not_aligned_is_read(modules: dict[str, Any], tmp_path: Path) -> None:
+    """As a header of any length may leave them; safetensors pads it with spaces, one of which is taken away here."""
+    folder = write_folder(tmp_path, {"unet": modules["unet"]})
+    path = folder / f"{STEMS['unet']}.safetensors"
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    path.write_bytes((n + 1).to_bytes(8, "little") + data[8 : 8 + n] + b" " + data[8 + n :])
+    unet = load_unet(folder)
+    assert all(p.data_ptr() % 4 == 0 for p in unet.parameters())
+    assert torch.equal(unet.conv_in.weight, modules["unet"].conv_in.weight)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

@@ -1,20 +1,24 @@
 """Peak memory of one video at any size, counted without a GPU: `python -m tools.cost.memory --model svd-xt`.
 
 The released network runs on tensors that have shapes and no data, and every storage is counted from the operation
-that makes it until its last reference goes. Attention counts as a fused kernel's: its output and nothing else. What
-is not counted is what a device's libraries take for themselves: the context, convolution workspaces, fragmentation.
+that makes it until its last reference goes: a view is no new storage, nor is what works in place. What is moved to
+the host leaves the count, and enters it again as it comes back. Attention counts as a fused kernel's: its output and
+nothing else. Not counted is what a device's libraries take: the context, convolution workspaces, fragmentation.
 """
 
 import argparse
 import weakref
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from typing_extensions import Self
 
 from minisvd import (
     PRESETS,
@@ -26,35 +30,74 @@ from minisvd import (
     UNetConfig,
     VAEConfig,
 )
+from minisvd.vae import Hold
 from tools.output import table
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, while they live: `now` and their largest sum, `peak`."""
+    """Counts the bytes of storages that operations make, while they live: `now` and their largest sum, `peak`.
+
+    Shapes without data are all on one device, "meta". Which of them stand for something on the host, and so are not
+    counted, is kept here: copies to it, by `Moves`, and what operations make of what is there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.sizes: dict[int, int] = {}  # of each storage, as counted: 0 on the host
+        self.moving_to: str | None = None
+
+    def __enter__(self) -> Self:
+        self.moves = Moves(self)
+        self.moves.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.moves.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_host = any(self.is_on_host(tensor) for tensor in tree_iter(args) if isinstance(tensor, Tensor))
+        if self.moving_to:
+            on_host = self.moving_to == "cpu"
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
-                self.count(tensor.untyped_storage())
+                self.count(tensor.untyped_storage(), on_host)
         self.peak = max(self.peak, self.now)
         return result
 
-    def count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += size
-            weakref.finalize(storage, self.forget, key, size)
+    def is_on_host(self, tensor: Tensor) -> bool:
+        return self.sizes.get(tensor.untyped_storage()._cdata) == 0
 
-    def forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
+    def count(self, storage: torch.UntypedStorage, on_host: bool) -> None:
+        key, size = storage._cdata, 0 if on_host else storage.nbytes()
+        if key not in self.sizes:
+            self.sizes[key] = size
+            self.now += size
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+class Moves(TorchFunctionMode):
+    """Between shapes, makes a copy of `tensor.to(device)` where it would be one between host and device."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        super().__init__()
+        self.live = live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = args[1] if func is Tensor.to and isinstance(args[1], torch.device) else None
+        if device is None or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        if (device.type == "cpu") == self.live.is_on_host(args[0]):
+            return args[0]
+        self.live.moving_to = device.type
+        copy = args[0].clone()
+        self.live.moving_to = None
+        return copy
 
 
 def fused(q: Tensor, *_: Tensor) -> Tensor:
@@ -63,7 +106,9 @@ def fused(q: Tensor, *_: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def peaks(generation: GenerationConfig, dtype: torch.dtype, guided: bool = True) -> dict[str, float]:
+def peaks(
+    generation: GenerationConfig, dtype: torch.dtype, guided: bool = True, hold: Hold = "two"
+) -> dict[str, float]:
     """Gigabytes: the weights of all three parts, and the peak of what each stage allocates on top of them."""
     (width, height), t = generation.size, generation.num_frames
     with torch.device("meta"):
@@ -77,7 +122,7 @@ def peaks(generation: GenerationConfig, dtype: torch.dtype, guided: bool = True)
     stages = {
         "encode": lambda: vae.encode(image),
         "one step": lambda: unet(sample, c_noise, embeds, ids),
-        "decode": lambda: vae.decode(latents, generation.decode_chunk),
+        "decode": lambda: vae.decode(latents, generation.decode_chunk, hold),
     }
     result = {"weights": sum(p.nbytes for part in (unet, vae, clip) for p in part.parameters()) / 1e9}
     original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
@@ -96,15 +141,17 @@ def main() -> None:
     parser.add_argument("--model", choices=PRESETS, default="svd-xt")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--decode-chunk", type=int, nargs="+", default=[GenerationConfig.decode_chunk])
+    parser.add_argument("--decode-hold", choices=get_args(Hold), nargs="+", default=["two"])
     args = parser.parse_args()
-    titles = ("model", "dtype", "decode chunk", "weights", "encode", "one guided step", "decode", "largest sum")
+    titles = ("model", "dtype", "decode chunk", "hold", "weights", "encode", "one guided step", "decode", "largest sum")
     rows = []
-    for chunk in args.decode_chunk:
+    for chunk, hold in product(args.decode_chunk, args.decode_hold):
         generation = replace(PRESETS[args.model].generation, decode_chunk=chunk)
-        found = peaks(generation, getattr(torch, args.dtype))
+        found = peaks(generation, getattr(torch, args.dtype), hold=hold)
         total = found["weights"] + max(value for name, value in found.items() if name != "weights")
-        rows.append((args.model, args.dtype, str(chunk), *(f"{value:.1f} GB" for value in (*found.values(), total))))
-    print(table(titles, "llrrrrrr", rows))
+        sizes = (f"{value:.1f} GB" for value in (*found.values(), total))
+        rows.append((args.model, args.dtype, str(chunk), hold, *sizes))
+    print(table(titles, "llrlrrrrr", rows))
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
         z = encode_video(run, vae, video)
         z = (z + noise * torch.randn_like(z)) / VAE.scaling_factor
         weights = {name: weight.bfloat16() for name, weight in vae.decoder.named_parameters()}
-        return functional_call(vae.decoder, weights, (z.bfloat16(), video.shape[1]))
+        return functional_call(vae.decoder, weights, (z.bfloat16(),))
 
     def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
         frames, silhouettes = draw_videos(rng, batch, DRAWINGS)
