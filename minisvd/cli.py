@@ -17,12 +17,11 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from . import __version__
-from .config import DTYPES, VCUT, Fit, Stage2
+from .config import CHOICES, DTYPES, SETTINGS, VCUT, Fit, Stage2, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +83,7 @@ def generate(args: argparse.Namespace) -> None:
     default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
     folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
     jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {name: getattr(args, name) for name in signature(check_settings).parameters}
+    settings = {name: getattr(args, name) for name in (*SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
     check_settings(**settings)
     check_zoom(args.zoom, args.size or (1, 1))
     for image in dict.fromkeys(job.image for job in jobs):
@@ -210,11 +209,11 @@ def account(args: argparse.Namespace) -> None:
     configs, generation = resolve_configs(args.model, args.offline)
     config, factor = configs["unet"], configs["vae"].factor
     vcut = config.vcut if args.vcut is None else VCUT[args.vcut]
-    frames = generation.num_frames if args.frames is None else args.frames
-    steps = generation.steps if args.steps is None else args.steps
-    width, height = args.size or generation.size
+    frames = check("num_frames", generation.num_frames if args.frames is None else args.frames)
+    steps = check("steps", generation.steps if args.steps is None else args.steps)
+    width, height = check("size", args.size or generation.size)
     pixels = config.stride * factor
-    if min(width, height) < 1 or width % pixels or height % pixels:
+    if width % pixels or height % pixels:
         raise ValueError(f"size is {width}x{height}; need multiples of {pixels} pixels")
     latent, build = (width // factor, height // factor), BUILDS[vcut]
 
@@ -296,9 +295,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_seed(text: str) -> int:
     """A whole number that a random generator takes."""
-    if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
-    return int(text)
+    try:
+        return check("seed", int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {SETTINGS['seed'].need[2:]}") from error
 
 
 def parse_seeds(text: str) -> list[int]:

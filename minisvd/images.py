@@ -3,8 +3,8 @@
 Axes: b batch, c = 3 colours (RGB), h w pixels. Sizes are (width, height), as everywhere a user writes one.
 """
 
+from os import PathLike
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import Fit
-
-FITS = get_args(Fit)
+from .config import check, shown
 
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 Size = tuple[int, int]
@@ -39,8 +37,7 @@ def load_image(image: ImageLike, size: Size, fit: str = "crop", background: str 
     ValueError: not an image, an image without pixels, a tensor or array of another type, shape or range.
     FileNotFoundError: no such file.
     """
-    if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}: use one of {', '.join(FITS)}")
+    check("fit", fit)
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         image = _unit_array_to_tensor(image)
     if isinstance(image, Tensor):
@@ -59,11 +56,13 @@ def open_image(
         if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
             raise ValueError(f"the array is {image.dtype} {list(image.shape)}: give uint8 [h,w,3] or float in [0, 1]")
         return _to_rgb(_array_to_picture(image), background)
+    if not isinstance(image, str | PathLike):
+        raise ValueError(f"the image is {shown(image)}: give a path, a Pillow image, an array or a tensor")
     path = Path(image)
     if not path.exists():
         raise FileNotFoundError(f"no image at {path}: check the path")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name an image in it")
+    if not path.is_file():  # a pipe or a device would be waited for
+        raise ValueError(f"{path} is {'a folder: name an image in it' if path.is_dir() else 'no file: name an image'}")
     try:
         with Image.open(path) as picture:
             return _to_rgb(picture, background)

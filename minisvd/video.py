@@ -21,10 +21,13 @@ import av
 import numpy as np
 from PIL import Image
 
+from .config import Setting, check
+
 if TYPE_CHECKING:  # torch takes seconds to import, and `check_output` is to answer at once
     from torch import Tensor
 
 BT709 = 1  # the colour matrix, primaries and transfer of HD video, as H.264 numbers them
+FPS = Setting(False, 0.01, 1000, why=", in frames per second")  # a model's begin at 2
 LONGEST_SIDE = 8192  # pixels of an enlarged video
 NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 
@@ -33,13 +36,19 @@ NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 class Video:
     """`frames`, a float tensor [t,3,h,w] in [0,1], shown at `fps` frames per second.
 
-    ValueError: another shape or dtype, a value outside [0,1] (or not a number), no frame, an fps that is not positive.
+    ValueError: another shape or dtype, a value outside [0,1] (or not a number), no frame, an fps that no format holds.
     """
 
     frames: Tensor
     fps: float
 
     def __post_init__(self) -> None:
+        if isinstance(self.frames, np.ndarray):
+            import torch
+
+            object.__setattr__(self, "frames", torch.from_numpy(np.array(self.frames)))
+        if not hasattr(self.frames, "is_floating_point"):
+            raise ValueError(f"frames are {type(self.frames)}: give a float tensor [t,3,h,w]")
         shape = list(self.frames.shape)
         if len(shape) != 4 or shape[1] != 3 or 0 in shape or not self.frames.is_floating_point():
             raise ValueError(f"frames are {self.frames.dtype} {shape}: give a float tensor [t,3,h,w] with t, h, w >= 1")
@@ -47,8 +56,7 @@ class Video:
         if not (low >= 0 and high <= 1):
             remedy = "run the model in float32 or bfloat16" if math.isnan(low) else "clamp or rescale them to [0, 1]"
             raise ValueError(f"frames range from {low:g} to {high:g}: {remedy}")
-        if not (0 < self.fps < math.inf):
-            raise ValueError(f"fps is {self.fps}: give a positive number of frames per second")
+        object.__setattr__(self, "fps", FPS.check("fps", self.fps))
 
     def __repr__(self) -> str:
         t, _, h, w = self.frames.shape
@@ -101,8 +109,7 @@ class Video:
 
 def check_zoom(zoom: int, size: Sequence[int]) -> None:
     """Raise ValueError for no whole number, one below 1, or one that makes a side of `size` over LONGEST_SIDE."""
-    if isinstance(zoom, bool) or not isinstance(zoom, int) or zoom < 1:
-        raise ValueError(f"zoom is {zoom!r}; need a whole number, at least 1")
+    check("zoom", zoom)
     if max(size) * zoom > LONGEST_SIDE:
         most = LONGEST_SIDE // max(size)
         raise ValueError(f"zoom is {zoom}, for a side of {max(size) * zoom} pixels; need at most {most}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minisvd.images import FITS, load_image
+from minisvd.config import CHOICES
+from minisvd.images import load_image
 
 
 def pixels(tensor: torch.Tensor) -> np.ndarray:
@@ -29,7 +30,7 @@ RANDOM = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)  #
 # --- identity -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fit", CHOICES["fit"])
 def test_an_image_of_the_right_size_is_taken_as_it_is(tmp_path: Path, fit: str) -> None:
     """Bit for bit v / 127.5 - 1, from a file, a Pillow image, an array and a tensor; one pixel more and it is not."""
     expected = torch.from_numpy(RANDOM).movedim(-1, 0)[None].float() / 127.5 - 1
@@ -162,7 +163,7 @@ def test_each_fit_keeps_what_it_says(as_tensor: bool) -> None:
     stretch shows all at full height. Pictures and tensors agree.
     """
     image = torch.from_numpy(stripes()).movedim(-1, 0) / 127.5 - 1 if as_tensor else stripes()
-    crop, pad, stretch = (pixels(load_image(image, (32, 32), fit)) for fit in FITS)
+    crop, pad, stretch = (pixels(load_image(image, (32, 32), fit)) for fit in CHOICES["fit"])
     green, rgb, black = np.array((0, 255, 0)), np.eye(3) * 255, np.zeros(3)
     assert np.abs(crop[:, 8:-8] - green).max() < 1e-3
     assert np.abs(stretch[:, [5, 16, 26]] - rgb).max() < 12  # Lanczos rings; 12 of 255
@@ -201,7 +202,7 @@ def test_shrinking_is_antialiased(as_tensor: bool) -> None:
     assert np.abs(array[::8, 3::8] - 255 / 8).min() > 200
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fit", CHOICES["fit"])
 @pytest.mark.parametrize("have", [(1, 1), (1, 500), (500, 1), (3, 2), (127, 65)])
 def test_any_size_fits(have: tuple[int, int], fit: str) -> None:
     """White stays white (but for bars), within [-1,1], at exactly the size asked for; pictures and tensors alike."""
@@ -245,7 +246,7 @@ def test_what_is_no_image_is_refused(image: object, message: str) -> None:
 
 def test_an_unknown_fit_is_refused() -> None:
     """The sentence lists those there are."""
-    with pytest.raises(ValueError, match="fit is 'cover': use one of crop, pad, stretch"):
+    with pytest.raises(ValueError, match="fit is 'cover'; need one of crop, pad, stretch"):
         load_image(RANDOM, (8, 8), "cover")
 
 
