@@ -45,11 +45,12 @@ class Setting:
         value = plain(value)
         values = list(value) if self.parts and is_list(value) else [value]
         kind = Integral if self.whole else Real
-        fit = [isinstance(v, kind) and not isinstance(v, bool) and self.low <= v <= self.high for v in values]
-        if not all(fit) or len(fit) != max(1, len(self.parts)) or (self.rising and values != sorted(values)):
+        numbers = len(values) == max(1, len(self.parts)) and all(isinstance(v, kind) for v in values)
+        inside = numbers and all(self.low <= v <= self.high and not isinstance(v, bool) for v in values)
+        if not inside or (self.rising and values != sorted(values)):
             raise ValueError(f"{name} is {shown(value)}; need {self.need}")
-        numbers = tuple(int(v) if self.whole else float(v) for v in values)
-        return numbers if self.parts else numbers[0]
+        checked = tuple(int(v) if self.whole else float(v) for v in values)
+        return checked if self.parts else checked[0]
 
     def check_each(self, name: str, value: Any) -> list[Any]:
         """The same for one value, or for a list or array of one or more. Returns a list."""

@@ -154,33 +154,33 @@ class StableVideoDiffusion:
             decode_chunk=decode_chunk,
         )  # fmt: skip
         chosen = vars(self.generation) | {name: value for name, value in given.items() if value is not None}
-        num_frames, size, decode_chunk = chosen["num_frames"], chosen["size"], chosen["decode_chunk"]
-        self.check_size(size)
+        width, height = chosen["size"]
+        self.check_size((width, height))
         self.check_parts()
         sigmas = edm_sigmas(chosen["steps"]) if sigmas is None else checked_sigmas(sigmas)
         if callback is not None and not callable(callback):
             raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
         if isinstance(image, list) and not image:
             raise ValueError("the list of images is empty; need at least one")
-        batches = [load_image(one, size, fit) for one in (image if isinstance(image, list) else [image])]
+        batches = [load_image(one, (width, height), fit) for one in (image if isinstance(image, list) else [image])]
         pixels = torch.cat(batches)
 
-        b, (width, height), factor = len(pixels), size, self.vae.config.factor
+        b, factor = len(pixels), self.vae.config.factor
         each_fps, buckets, levels, seeds = (per_row(name, chosen[name], b) for name in PER_IMAGE)
         told = [each_fps, buckets, levels]
         ids = torch.tensor(told, dtype=torch.float32, device="cpu").T
         added_time_ids = ids - torch.tensor([1, 0, 0], device="cpu")  # the network was trained on fps - 1
         generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
         aug_noise = drawn("aug_noise", aug_noise, (3, height, width), generators)
-        shape = (num_frames, self.unet.config.out_channels, height // factor, width // factor)
+        shape = (chosen["num_frames"], self.unet.config.out_channels, height // factor, width // factor)
         noise = drawn("noise", noise, shape, generators)
 
-        schedule, videos = GuidanceSchedule(*chosen["guidance"], given["cut_step"], given["stage2"]), []
+        schedule, videos = GuidanceSchedule(*chosen["guidance"], cut_step=given["cut_step"], stage2=given["stage2"]), []
         for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
             with decoding_bar(self.vae, progress):
-                frames = self.vae.decode(latents, decode_chunk)
+                frames = self.vae.decode(latents, chosen["decode_chunk"])
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
             videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
