@@ -82,7 +82,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def read_tensor(file: BufferedReader, entry: Entry) -> Tensor:
     """Into memory of its own: safetensors would map the file, and every page ever read would count until its end."""
-    buffer = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    buffer = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
     file.seek(entry.start)
     file.readinto(buffer.numpy().data)
     return buffer.view(DTYPES[entry.dtype]).reshape(entry.shape)

@@ -78,6 +78,20 @@ def check_settings(**settings: Any) -> dict[str, Any]:
     return checked
 
 
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """The networks' constants go by torch's default dtype: keep them, and with them the video, what they are."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield  # and another thread's default is left alone
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 class StableVideoDiffusion:
     """A loaded model: `svd(image) -> Video`. Its parts `unet`, `vae` and `clip` can be used alone.
 
@@ -185,6 +199,7 @@ class StableVideoDiffusion:
             videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
 
+    @float32_by_default()
     def sample(
         self,
         pixels: Tensor,

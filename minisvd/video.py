@@ -81,6 +81,7 @@ class Video:
         .mp4   H.264 yuv420p, which every browser and player shows; an odd side repeats its last row or column
         .gif   256 colours per frame, dithered; times are whole hundredths of a second, at least two
         .webp  animated and lossless; times are whole milliseconds
+               (in both, frames that are equal and follow each other become one, shown for as long as they were)
         none   a folder of lossless frame_0000.png, frame_0001.png, ...
 
         An existing file is replaced, whole, at the end. Raises what `check_output` raises, before any work.
@@ -146,9 +147,11 @@ def _write_mp4(video: Video, path: Path) -> None:
     h, w = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")  # yuv420p halves both sides
     # faststart puts the index before the pictures, so that a browser can start before it has the whole file
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    # "file:", or libav would take a name such as 12:30.mp4 or tee:x.mp4 for a protocol's
+    with av.open(f"file:{path.absolute()}", "w", format="mp4", options={"movflags": "faststart"}) as container:
         rate = Fraction(video.fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
+        options = {"crf": "17", "x264-params": "mbtree=0"}  # whose threads make another file of the same frames
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709

@@ -72,6 +72,50 @@ def test_the_same_seed_gives_the_same_bits(svd, images):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torch_s_defaults_do_not_change_the_video(svd, tiny_folder, images, dtype):
+    """Another default dtype gives the same bits, and stays. Another default device, which is torch's way to watch every
+    call and so turns off a fused one in CLIP's tower, gives the same to rounding."""
+    expected = svd(images[0], guidance=(1.0, 2.0), **QUICK).frames
+    torch.set_default_dtype(dtype)
+    try:
+        frames = minisvd.load(tiny_folder)(images[0], guidance=(1.0, 2.0), **QUICK).frames
+        kept = torch.get_default_dtype()
+        torch.set_default_device("meta")
+        elsewhere = minisvd.load(tiny_folder)(images[0], guidance=(1.0, 2.0), **QUICK).frames
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(frames, expected)
+    assert kept == dtype
+    difference = (elsewhere - expected).abs().max().item()
+    print(f"largest difference: {difference:.1e}")
+    assert difference <= 1e-4  # as between a batch and its rows
+
+
+def test_frames_are_tensors_to_go_on_with(svd, images):
+    """They can be part of what is trained, which tensors of inference mode cannot; so can a callback's latents."""
+    seen = []
+    frames = svd(images[0], callback=lambda _step, _sigma, latents: seen.append(latents), **QUICK).frames
+    scale = torch.ones((), requires_grad=True)
+    (scale * frames).sum().backward()
+    assert scale.grad is not None
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (frames, *seen))
+
+
+def test_parts_that_differ_are_a_sentence(tiny_folder, images):
+    """One part in another dtype or elsewhere; all three moved alike work."""
+    svd = minisvd.load(tiny_folder)
+    for part in ("unet", "vae", "clip"):
+        getattr(svd, part).bfloat16()
+        with pytest.raises(ValueError, match=f"the parts differ, .*{part} torch.bfloat16 on cpu.*: move all three"):
+            svd(images[0], **QUICK)
+        getattr(svd, part).float()
+    for part in (svd.unet, svd.vae, svd.clip):
+        part.bfloat16()
+    svd(images[0], **QUICK)
+
+
 def test_given_noise_replaces_the_seed(svd, images):
     noise, aug_noise = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 3, 64, 64)
     first, again = (svd(images[0], seed=s, noise=noise, aug_noise=aug_noise, **QUICK).frames for s in (5, 6))

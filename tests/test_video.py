@@ -73,6 +73,36 @@ def test_mp4_decodes_to_the_same_frames_at_the_same_rate(tmp_path: Path, t: int,
         assert float(stream.duration * stream.time_base) == pytest.approx(t / fps, abs=1e-3)
 
 
+def test_the_same_frames_are_the_same_file(tmp_path: Path) -> None:
+    """Byte for byte, 20 times over, in every format: noise that moves, which leaves the encoder most to decide."""
+    frames = torch.rand(25, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    video = Video((frames + 3 * moving_disc(25)) / 4, 7)
+    once = [video.save(tmp_path / f"{i}.mp4").read_bytes() for i in range(20)]
+    assert len(set(once)) == 1
+    for name in NAMES[1:3]:
+        assert video.save(tmp_path / name).read_bytes() == video.save(tmp_path / f"again-{name}").read_bytes()
+    assert Video(video.frames.flip(0), 7).save(tmp_path / "other.mp4").read_bytes() != once[0]  # control
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:x.mp4", "tee:x.mp4", "concat:a|b.mp4", "pipe:1.mp4", "%d {x}.mp4"])
+def test_a_name_is_a_name_and_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of libav, which knows file:, tee:, pipe: and more: the file lies in the folder under just this name."""
+    monkeypatch.chdir(tmp_path)
+    Video(moving_disc(2), 7).save(name)
+    assert os.listdir() == [name]
+    assert len(decoded(tmp_path / name if ":" not in name else (tmp_path / name).rename("plain.mp4"))) == 2
+
+
+@pytest.mark.parametrize("name", NAMES[1:3])
+def test_equal_neighbours_become_one_frame_that_stays_as_long(tmp_path: Path, name: str) -> None:
+    """In gif and webp: 6 frames in pairs are 3, and the times add up; mp4 and PNGs keep all 6."""
+    video = Video(moving_disc(3).repeat_interleave(2, 0), 10)
+    frames, durations, _ = animation(video.save(tmp_path / name))
+    assert (len(frames), durations) == (3, [200] * 3)
+    assert len(decoded(video.save(tmp_path / "clip.mp4"))) == len(list(video.save(tmp_path / "clip").iterdir())) == 6
+
+
 def test_mp4_is_of_the_kind_that_browsers_play(tmp_path: Path) -> None:
     """H.264, yuv420p, tagged as limited-range BT.709, with the index (moov) before the pictures (mdat)."""
     path = Video(moving_disc(), 7).save(tmp_path / "clip.mp4")
