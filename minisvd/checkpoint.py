@@ -8,12 +8,14 @@ Everything that can be wrong with a name, a shape or a config is found before th
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from io import BufferedReader
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .clip import ImageEncoder
-from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut
+from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, shown
 from .folder import (
     CONFIG_FILES,
     GENERATION_FILE,
@@ -42,6 +44,7 @@ from .vae import AutoencoderKLTemporalDecoder
 
 MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
 RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
+BROKEN = "has values that are infinite or not numbers: get or train it again"
 FOLDS = ((False, "lossless"), (False, True), ("lossless", True))  # builds, from a file's to a UNet's
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -107,7 +110,7 @@ class Checkpoint:
         self,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         vcut: Vcut | None = None,
     ) -> dict[str, Any]:
         """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
@@ -117,10 +120,10 @@ class Checkpoint:
 
         Every name, shape and dtype of every part is settled before the first tensor is read. Peak memory is that
         of the weights in `dtype` and of the one tensor being converted.
-        Raises ValueError for a tensor that is missing, left over or misshapen, and for a `dtype` without fractions.
+        Raises ValueError for a tensor that is missing, left over, misshapen or not finite, for a `dtype` without
+        fractions and for a device that is not there.
         """
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}; need a floating-point one such as torch.float16")
+        dtype, device = checked_dtype(dtype), checked_device(device)
         modules = {part: self.build(part, vcut) for part in self.configs}
         plans = {part: self.plan(part, module) for part, module in modules.items()}
         for part, module in modules.items():
@@ -129,6 +132,10 @@ class Checkpoint:
                 for name, (names, join) in plans[part].items():
                     read = (read_tensor(file, header[source]) for source in names)
                     state[name] = join(*read).to(device, dtype).contiguous()
+                    if not finite(state[name]):
+                        whole = all(finite(read_tensor(file, header[source])) for source in names)
+                        why = f"does not fit in {dtype}: load it in float32 or bfloat16" if whole else BROKEN
+                        raise ValueError(f"{self.files[part]}: {some(names)} {why}")
             module.load_state_dict(state, strict=True, assign=True)
             module.eval()
         return modules
@@ -176,6 +183,28 @@ class Checkpoint:
                 have = ", ".join(f"{source} {list(header[source].shape)}" for source in names)
                 raise ValueError(f"{where}: {have} cannot fill {name} {list(target.shape)} of the {part}")
         return plan
+
+
+def checked_dtype(dtype: Any) -> torch.dtype:
+    """The dtype of a name such as "float16", or that dtype. Raises ValueError unless it has fractions."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype is {shown(dtype)}; need a floating-point one such as torch.float16")
+    return named
+
+
+def checked_device(device: Any) -> torch.device:
+    """Raises ValueError unless a number can be put there and got back."""
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used on this machine: use cpu, or leave it out") from error
+
+
+def finite(x: Tensor) -> bool:
+    """No value infinite or not a number: seen in the extremes, in a thirtieth of the time that `isfinite` takes."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def on_meta(kind: type[nn.Module], config: Any) -> Any:
@@ -245,7 +274,11 @@ def is_unet_folder(path: Path) -> bool:
 
 def locate(source: str | Path) -> Path | None:
     """The local folder or file that `source` means, or None if it is on the hub."""
-    name, path = str(source), Path(source).expanduser()
+    if not isinstance(source, str | PathLike) or not str(source):
+        raise ValueError(f"the model is {shown(source)}; need a name, a path or a hub id")
+    name, path = str(source), Path(os.path.expanduser(source))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for
+        raise ValueError(f"{path} is neither a file nor a folder: check the path")
     if path.exists():
         return path
     if name == "tiny":
@@ -302,7 +335,7 @@ def load_unet(
     source: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     config: UNetConfig | None = None,
     vcut: Vcut | None = None,
     variant: str | None = None,

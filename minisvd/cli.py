@@ -244,6 +244,7 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
     import torch
 
+    from .checkpoint import checked_device
     from .pipeline import load
 
     if args.device is not None:
@@ -252,14 +253,10 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
         device = "cuda"
     else:
         device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used on this machine: use cpu, or leave --device out") from error
-    dtype = args.dtype or ("float16" if torch.device(device).type == "cuda" else "float32")
+    dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
     source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
     source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
-    return load(args.model, device=device, dtype=getattr(torch, dtype), **source)
+    return load(args.model, device=device, dtype=dtype, **source)
 
 
 def placement(svd: StableVideoDiffusion) -> dict[str, str]:

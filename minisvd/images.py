@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .config import check, shown
 
+Image.init()
+RASTER = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = [name for name in RASTER if name in Image.OPEN]  # not PostScript, which Pillow has another program read
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 Size = tuple[int, int]
 
@@ -64,13 +67,13 @@ def open_image(
     if not path.is_file():  # a pipe or a device would be waited for
         raise ValueError(f"{path} is {'a folder: name an image in it' if path.is_dir() else 'no file: name an image'}")
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return _to_rgb(picture, background)
     except PermissionError as error:
         raise PermissionError(f"{path} may not be read: check its permissions") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path} has too many pixels to be opened safely: shrink it first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken data
         raise ValueError(f"{path} is damaged or of an unusual kind ({error}): save it again as PNG") from error
@@ -81,9 +84,14 @@ def _to_rgb(picture: Image.Image, background: str | tuple[int, ...]) -> Image.Im
         raise ValueError(f"the image is {picture.width}x{picture.height}: it has no pixels")
     if picture.mode == "F":
         raise ValueError("the image holds floats (mode F) of unknown range: give a float array [h,w,3] in [0, 1]")
+    kind = picture.format  # PNG and PPM have 16 bits where Pillow has 32
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-        picture = Image.fromarray(_to_bytes(np.asarray(picture).clip(0, 65535)))
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255; or 32, of which a file may use just 8
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"the image holds whole numbers from {values.min()} to {values.max()}: give 8 or 16 bits")
+        bytes_ = picture.mode == "I" and kind not in ("PNG", "PPM") and values.max() <= 255
+        picture = Image.fromarray(values.astype(np.uint8) if bytes_ else _to_bytes(values))
     canvas = Image.new("RGBA", picture.size, background)
     return Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
 

@@ -5,6 +5,7 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import locate, resolve
+from .checkpoint import checked_device, checked_dtype, finite, locate, resolve
 from .clip import ImageEncoder
 from .config import SETTINGS, Fit, GenerationConfig, Stage2, Vcut, check, shown
 from .images import ImageLike, load_image
@@ -195,6 +196,9 @@ class StableVideoDiffusion:
             latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
             with decoding_bar(self.vae, progress):
                 frames = self.vae.decode(latents, chosen["decode_chunk"])
+            if not finite(frames) and frames.dtype != torch.float32:
+                warnings.warn(f"decoding left the range of {frames.dtype} and is done again in float32", stacklevel=3)
+                frames = copy.deepcopy(self.vae).float().decode(latents, chosen["decode_chunk"])
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
             videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
@@ -220,6 +224,10 @@ class StableVideoDiffusion:
         steps = euler_steps(denoise, latents, sigmas.to(noise.device, torch.float32))
         for step in tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress):
             latents = step.latents
+            if not finite(latents):
+                remedy = "run in float32 or bfloat16" if embeds.dtype == torch.float16 else "check guidance and sigmas"
+                where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
+                raise ValueError(f"the latents are no finite numbers after {where}: {remedy}")
             if callback is not None:
                 callback(step.number, step.sigma, latents)
         return latents
@@ -327,7 +335,7 @@ def load(
     source: str | Path = "tiny",
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     vcut: Vcut | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -340,6 +348,7 @@ def load(
     files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before.
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
+    dtype, device = checked_dtype(dtype), checked_device(device)  # before anything is downloaded
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -54,7 +54,7 @@ class Video:
             raise ValueError(f"frames are {self.frames.dtype} {shape}: give a float tensor [t,3,h,w] with t, h, w >= 1")
         low, high = self.frames.min().item(), self.frames.max().item()
         if not (low >= 0 and high <= 1):
-            remedy = "run the model in float32 or bfloat16" if math.isnan(low) else "clamp or rescale them to [0, 1]"
+            remedy = "give numbers from 0 to 1" if math.isnan(low) else "clamp or rescale them to [0, 1]"
             raise ValueError(f"frames range from {low:g} to {high:g}: {remedy}")
         object.__setattr__(self, "fps", FPS.check("fps", self.fps))
 

@@ -93,6 +93,28 @@ def test_torch_s_defaults_do_not_change_the_video(svd, tiny_folder, images, dtyp
     assert difference <= 1e-4  # as between a batch and its rows
 
 
+def test_latents_that_are_no_numbers_end_the_run_at_their_step(svd, images):
+    """The sentence names step and sigma, and the steps that follow are not made."""
+    steps, noise = [], torch.full((1, 3, 4, 8, 8), 3e38)
+    with pytest.raises(ValueError, match=r"after step 1 of 2, at sigma 0\.002: check guidance and sigmas"):
+        svd(images[0], noise=noise, callback=lambda *call: steps.append(call), **QUICK)
+    assert steps == []
+
+
+def test_decoding_that_leaves_float16_is_done_in_float32(tiny_folder, images):
+    """With one warning; the weights stay float16. Control: bfloat16, which has the range, says nothing."""
+    svd = minisvd.load(tiny_folder, dtype="float16")
+    svd.vae.decoder.conv_in.weight.data *= 1e5
+    with pytest.warns(UserWarning, match=r"decoding left the range of torch\.float16") as warned:
+        frames = svd(images[0], **QUICK).frames
+    assert len(warned) == 1
+    assert frames.isfinite().all()
+    assert next(svd.vae.parameters()).dtype == torch.float16
+    for part in (svd.unet, svd.vae, svd.clip):
+        part.bfloat16()
+    svd(images[0], **QUICK)  # a warning would be an error
+
+
 def test_frames_are_tensors_to_go_on_with(svd, images):
     """They can be part of what is trained, which tensors of inference mode cannot; so can a callback's latents."""
     seen = []

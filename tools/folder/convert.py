@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{args.out} exists: name a new folder")
         dtype = getattr(torch, args.dtype)
         where = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
-        svd = minisvd.load(args.source, dtype=dtype, vcut=VCUT[args.vcut], **where)
+        svd = minisvd.load(args.source, dtype=dtype, vcut=VCUT.get(args.vcut or ""), **where)
         svd.save(args.out, dtype)
     except (OSError, ValueError) as error:
         print(f"convert: error: {error}", file=sys.stderr)
