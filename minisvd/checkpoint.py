@@ -45,6 +45,7 @@ from .vae import AutoencoderKLTemporalDecoder
 MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
 RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
 BROKEN = "has values that are infinite or not numbers: get or train it again"
+TIMEOUT = 10  # seconds for the hub's first answer
 FOLDS = ((False, "lossless"), (False, True), ("lossless", True))  # builds, from a file's to a UNet's
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -302,18 +303,19 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     """The local snapshot of a hub repository: its configs and, of `parts`, one variant of the weights."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download  # slow to import, often not needed
 
-    page, names = f"{constants.ENDPOINT}/{hub_id}", []
+    page, names, said = f"{constants.ENDPOINT}/{hub_id}", [], ""
     meant = hub_id in [preset.source for preset in PRESETS.values()]
     or_path = "" if meant else f"; if {hub_id} is a path, there is nothing there"
     patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
     try:
         try:
             if not offline:
-                names = [file.rfilename for file in HfApi().model_info(hub_id, revision=revision).siblings or []]
+                found = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT)
+                names = [file.rfilename for file in found.siblings or []]
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
-        except Exception:  # offline or no connection, in the words of whichever HTTP library the hub's client uses
-            pass
+        except Exception as error:  # no connection, in the words of whichever HTTP library the hub's client uses
+            said = f" ({shown_error(error)})"
         if names:
             patterns += choose(names, parts, variant, hub_id).values()
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not names))
@@ -327,8 +329,19 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
         raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline{or_path}"
+            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline"
+            f"{or_path}{said}"
         ) from error
+    except (ValueError, FileNotFoundError):  # what is there cannot be used
+        raise
+    except Exception as error:
+        why = shown_error(error)
+        raise ConnectionError(f"{hub_id} was not downloaded whole ({why}): run again, what came is kept") from error
+
+
+def shown_error(error: Exception) -> str:
+    """What the hub or the connection said, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def load_unet(

@@ -87,12 +87,13 @@ class Video:
         An existing file is replaced, whole, at the end. Raises what `check_output` raises, before any work.
         """
         path = check_output(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}-") as temporary:
+        target = Path(os.path.realpath(path))  # what a link is to is replaced, and the link stays
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{path.name[:100]}-") as temporary:
             part = Path(temporary) / path.name
             WRITERS[path.suffix.lower()](self, part)
-            if path.is_dir():  # an empty folder, says check_output; not every system replaces one
-                path.rmdir()
-            os.replace(part, path)
+            if target.is_dir():  # an empty folder, says check_output; not every system replaces one
+                target.rmdir()
+            os.replace(part, target)
         return path
 
     def _repr_html_(self) -> str:
@@ -130,8 +131,14 @@ def check_output(path: str | Path) -> Path:
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it first")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"cannot write {path}: the folder {path.parent} is not writable, choose another")
+    try:  # some systems say so only when it is tried
+        tempfile.TemporaryDirectory(dir=Path(os.path.realpath(path)).parent, prefix=".minisvd-").cleanup()
+    except OSError as error:
+        raise PermissionError(f"cannot write {path}: {error.strerror} in its folder, choose another") from error
     if path.suffix and path.is_dir():
         raise FileExistsError(f"cannot write {path}: it is a folder, choose another name")
+    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(f"cannot write {path}: it is a pipe, a device or a link to nothing, choose another name")
     if not path.suffix and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"cannot write PNGs to {path}: it exists and is not an empty folder, choose another name")
     return path
@@ -139,7 +146,8 @@ def check_output(path: str | Path) -> Path:
 
 def is_written(path: Path) -> bool:
     """Whether a video is at `path`. If so it is whole, because `Video.save` moves it there at the end."""
-    return path.suffix.lower() in WRITERS and (path.is_file() if path.suffix else path.is_dir() and any(path.iterdir()))
+    first = path if path.suffix else path / "frame_0000.png"
+    return path.suffix.lower() in WRITERS and first.is_file() and first.stat().st_size > 0
 
 
 def _write_mp4(video: Video, path: Path) -> None:

@@ -295,6 +295,47 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["holiday.png"]
 
 
+@pytest.mark.posix
+def test_a_link_is_followed_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A link to a file stays, and its file is the new video; a pipe, a device, a link to nothing: before any work."""
+    video = Video(moving_disc(1), 7)
+    (tmp_path / "there").mkdir()
+    old = tmp_path / "there" / "old.mp4"
+    old.write_bytes(b"old")
+    (tmp_path / "link.mp4").symlink_to(old)
+    assert video.save(tmp_path / "link.mp4") == tmp_path / "link.mp4"
+    assert (tmp_path / "link.mp4").is_symlink()
+    assert len(decoded(old)) == 1
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("nothing.mp4", "nothing"):
+        (tmp_path / name).symlink_to(tmp_path / "none")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("pipe.mp4", "nothing.mp4", "nothing", "/dev/null"):
+        with pytest.raises(
+            (FileExistsError, PermissionError), match=r"link to nothing|not an empty folder|in its fold"
+        ):
+            check_output(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.linux
+def test_a_folder_that_nobody_can_write_to_is_refused_by_trying(tmp_path: Path) -> None:
+    """/proc, which says to root that it can be written to."""
+    with pytest.raises((PermissionError, FileNotFoundError), match=r"cannot write /proc/clip.mp4"):
+        check_output("/proc/clip.mp4")
+    check_output(tmp_path / "clip.mp4")  # control
+
+
+def test_only_what_holds_a_video_counts_as_written(tmp_path: Path) -> None:
+    """Not an empty file, and no folder without its first frame, such as one that a file manager has looked into."""
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "looked").mkdir()
+    (tmp_path / "looked" / ".DS_Store").write_bytes(b"x")
+    assert not any(video_module.is_written(tmp_path / name) for name in ("empty.mp4", "looked", "none.mp4", "none"))
+    for name in NAMES:
+        assert video_module.is_written(Video(moving_disc(2), 7).save(tmp_path / name))
+
+
 def test_a_folder_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PermissionError names the folder. (The answer of `os.access` is given, because root may write anywhere.)"""
     check_output(tmp_path / "clip.mp4")
