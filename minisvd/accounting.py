@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .config import UNetConfig, Vcut
+from .config import UNetConfig, Vcut, check
 
 SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3  # kernels 3x3 and 3x1x1
 KINDS = (
@@ -154,11 +154,8 @@ def run_cost(
     two branches and once for the single one. Raises ValueError for fewer than one step, a cut_step below 1, and what
     `unet_blocks` raises.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; need at least 1")
-    if cut_step is not None and cut_step < 1:
-        raise ValueError(f"cut_step is {cut_step}; steps count from 1, so need at least 1")
-    guided = steps if cut_step is None else min(cut_step - 1, steps)
+    steps = check("steps", steps)
+    guided = steps if cut_step is None else min(check("cut_step", cut_step) - 1, steps)
     full, shared = (steps * unet_cost(config, frames, size, 2, each).macs for each in (PUBLISHED, BUILDS[False]))
     two, one = (unet_cost(config, frames, size, branches, build) for branches in (2, 1))
     built = steps * two.macs + two.once

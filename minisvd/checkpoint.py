@@ -8,6 +8,7 @@ Everything that can be wrong with a name, a shape or a config is found before th
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from difflib import get_close_matches
 from io import BufferedReader
 from itertools import repeat
 from mmap import ACCESS_COPY, mmap
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .clip import ImageEncoder
-from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut
+from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, shown
 from .folder import (
     CONFIG_FILES,
     GENERATION_FILE,
@@ -44,6 +46,8 @@ from .vae import AutoencoderKLTemporalDecoder
 
 MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
 RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
+BROKEN = "has values that are infinite or not numbers: get or train it again"
+TIMEOUT = 10  # seconds for the hub's first answer
 FOLDS = ((False, "lossless"), (False, True), ("lossless", True))  # builds, from a file's to a UNet's
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -91,7 +95,7 @@ def read_tensor(file: BufferedReader, entry: Entry, pages: mmap | None = None) -
     if pages is not None and size and entry.start % dtype.itemsize == 0:
         buffer = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=entry.start)
     else:
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         file.seek(entry.start)
         file.readinto(buffer.numpy().data)
     return buffer.view(dtype).reshape(entry.shape)
@@ -116,7 +120,7 @@ class Checkpoint:
         self,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         vcut: Vcut | None = None,
         copy: bool = False,
     ) -> dict[str, Any]:
@@ -132,10 +136,12 @@ class Checkpoint:
         training changes the process's copy of a page, never the file. A file that is replaced or deleted lives on
         until then (Windows refuses); one that is cut ends the process with SIGBUS at the next unread page, and one that
         is written over in place may show. `copy` reads everything at once instead and needs the file no more.
-        Raises ValueError for a tensor that is missing, left over or misshapen, and for a `dtype` without fractions.
+        What is read is looked through for values that are no finite numbers; of what is mapped the pipeline says it,
+        when a step's latents are none.
+        Raises ValueError for a tensor that is missing, left over, misshapen or not finite, for a `dtype` without
+        fractions and for a device that is not there.
         """
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}; need a floating-point one such as torch.float16")
+        dtype, device = checked_dtype(dtype), checked_device(device)
         modules = {part: self.build(part, vcut) for part in self.configs}
         plans = {part: self.plan(part, module) for part, module in modules.items()}
         mapped = not copy and torch.device(device).type == "cpu"
@@ -147,6 +153,10 @@ class Checkpoint:
                     entries = [header[source] for source in names]
                     kept = [pages if DTYPES[entry.dtype] == dtype else None for entry in entries]
                     state[name] = join(*map(read_tensor, repeat(file), entries, kept)).to(device, dtype).contiguous()
+                    if (len(entries) > 1 or kept[0] is None) and not finite(state[name]):
+                        whole = all(finite(read_tensor(file, entry)) for entry in entries)
+                        why = f"does not fit in {dtype}: load it in float32 or bfloat16" if whole else BROKEN
+                        raise ValueError(f"{self.files[part]}: {some(names)} {why}")
             module.load_state_dict(state, strict=True, assign=True)
             module.eval()
         return modules
@@ -194,6 +204,28 @@ class Checkpoint:
                 have = ", ".join(f"{source} {list(header[source].shape)}" for source in names)
                 raise ValueError(f"{where}: {have} cannot fill {name} {list(target.shape)} of the {part}")
         return plan
+
+
+def checked_dtype(dtype: Any) -> torch.dtype:
+    """The dtype of a name such as "float16", or that dtype. Raises ValueError unless it has fractions."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype is {shown(dtype)}; need a floating-point one such as torch.float16")
+    return named
+
+
+def checked_device(device: Any) -> torch.device:
+    """Raises ValueError unless a number can be put there and got back."""
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used on this machine: use cpu, or leave it out") from error
+
+
+def finite(x: Tensor) -> bool:
+    """No value infinite or not a number: seen in the extremes, in a thirtieth of the time that `isfinite` takes."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def on_meta(kind: type[nn.Module], config: Any) -> Any:
@@ -263,7 +295,11 @@ def is_unet_folder(path: Path) -> bool:
 
 def locate(source: str | Path) -> Path | None:
     """The local folder or file that `source` means, or None if it is on the hub."""
-    name, path = str(source), Path(source).expanduser()
+    if not isinstance(source, str | PathLike) or not str(source):
+        raise ValueError(f"the model is {shown(source)}; need a name, a path or a hub id")
+    name, path = str(source), Path(os.path.expanduser(source))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for
+        raise ValueError(f"{path} is neither a file nor a folder: check the path")
     if path.exists():
         return path
     if name == "tiny":
@@ -287,18 +323,19 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     """The local snapshot of a hub repository: its configs and, of `parts`, one variant of the weights."""
     from huggingface_hub import HfApi, constants, errors, snapshot_download  # slow to import, often not needed
 
-    page, names = f"{constants.ENDPOINT}/{hub_id}", []
+    page, names, said = f"{constants.ENDPOINT}/{hub_id}", [], ""
     meant = hub_id in [preset.source for preset in PRESETS.values()]
     or_path = "" if meant else f"; if {hub_id} is a path, there is nothing there"
     patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
     try:
         try:
             if not offline:
-                names = [file.rfilename for file in HfApi().model_info(hub_id, revision=revision).siblings or []]
+                found = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT)
+                names = [file.rfilename for file in found.siblings or []]
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
-        except Exception:  # offline or no connection, in the words of whichever HTTP library the hub's client uses
-            pass
+        except Exception as error:  # no connection, in the words of whichever HTTP library the hub's client uses
+            said = f" ({shown_error(error)})"
         if names:
             patterns += choose(names, parts, variant, hub_id).values()
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not names))
@@ -312,15 +349,26 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
         raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline{or_path}"
+            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline"
+            f"{or_path}{said}"
         ) from error
+    except (ValueError, FileNotFoundError):  # what is there cannot be used
+        raise
+    except Exception as error:
+        why = shown_error(error)
+        raise ConnectionError(f"{hub_id} was not downloaded whole ({why}): run again, what came is kept") from error
+
+
+def shown_error(error: Exception) -> str:
+    """What the hub or the connection said, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def load_unet(
     source: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     config: UNetConfig | None = None,
     vcut: Vcut | None = None,
     variant: str | None = None,

@@ -17,12 +17,11 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from . import __version__
-from .config import DTYPES, VCUT, Fit, Stage2
+from .config import CHOICES, DTYPES, SETTINGS, VCUT, Fit, Stage2, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +83,7 @@ def generate(args: argparse.Namespace) -> None:
     default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
     folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
     jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {name: getattr(args, name) for name in signature(check_settings).parameters}
+    settings = {name: getattr(args, name) for name in (*SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
     check_settings(**settings)
     check_zoom(args.zoom, args.size or (1, 1))
     for image in dict.fromkeys(job.image for job in jobs):
@@ -179,7 +178,7 @@ def verify(args: argparse.Namespace) -> int:
     from .checkpoint import load_unet
     from .triviality import check_site, cross_attentions, table
 
-    unet = load_unet(args.model, variant=args.variant, revision=args.revision, offline=args.offline)
+    unet = load_unet(args.model, variant=args.variant, revision=args.revision, offline=args.offline, copy=True)
     attentions = cross_attentions(unet)
     bar = tqdm(attentions.items(), desc="sites", leave=False, disable=args.json or None)
     sites = [check_site(name, attention) for name, attention in bar]
@@ -211,11 +210,11 @@ def account(args: argparse.Namespace) -> None:
     configs, generation = resolve_configs(args.model, args.offline)
     config, factor = configs["unet"], configs["vae"].factor
     vcut = config.vcut if args.vcut is None else VCUT[args.vcut]
-    frames = generation.num_frames if args.frames is None else args.frames
-    steps = generation.steps if args.steps is None else args.steps
-    width, height = args.size or generation.size
+    frames = check("num_frames", generation.num_frames if args.frames is None else args.frames)
+    steps = check("steps", generation.steps if args.steps is None else args.steps)
+    width, height = check("size", args.size or generation.size)
     pixels = config.stride * factor
-    if min(width, height) < 1 or width % pixels or height % pixels:
+    if width % pixels or height % pixels:
         raise ValueError(f"size is {width}x{height}; need multiples of {pixels} pixels")
     latent, build = (width // factor, height // factor), BUILDS[vcut]
 
@@ -246,6 +245,7 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
     import torch
 
+    from .checkpoint import checked_device
     from .pipeline import load
 
     if args.device is not None:
@@ -254,14 +254,10 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
         device = "cuda"
     else:
         device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used on this machine: use cpu, or leave --device out") from error
-    dtype = args.dtype or ("float16" if torch.device(device).type == "cuda" else "float32")
+    dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
     source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
     source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
-    return load(args.model, device=device, dtype=getattr(torch, dtype), **source)
+    return load(args.model, device=device, dtype=dtype, **source)
 
 
 def placement(svd: StableVideoDiffusion) -> dict[str, str]:
@@ -297,9 +293,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_seed(text: str) -> int:
     """A whole number that a random generator takes."""
-    if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
-    return int(text)
+    try:
+        return check("seed", int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {SETTINGS['seed'].need[2:]}") from error
 
 
 def parse_seeds(text: str) -> list[int]:

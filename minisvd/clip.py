@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"image has shape {tuple(image.shape)}; need [b,3,H,W]")
         x = (resize_antialiased(image.float(), self.config.image_size) + 1) / 2
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.config.mean, self.config.std))
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
         return rearrange(self.visual(((x - mean) / std).to(self.visual.conv1.weight.dtype)), "b c -> b 1 c")
 
 
@@ -59,7 +59,7 @@ def resize_antialiased(image: Tensor, size: int) -> Tensor:
 def blur(image: Tensor, axis: int, sigma: float) -> Tensor:
     """Convolve [b,c,H,W] along axis 2 or 3 with a normalised Gaussian; its odd length is at least 3."""
     radius = max(int(4 * sigma), 3) // 2
-    x = torch.arange(-radius, radius + 1, device=image.device)
+    x = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
     kernel = torch.softmax(-(x**2) / (2 * sigma**2), dim=0)
     rows = rearrange(image.transpose(axis, 3), "b c h w -> (b c h) 1 w")
     rows = F.conv1d(F.pad(rows, (radius, radius), mode="reflect"), kernel[None, None])

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
+from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, shown
 
 PARTS = ("unet", "vae", "clip")
 STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
@@ -64,7 +64,7 @@ def choose(names: Sequence[str], parts: Sequence[str], variant: str | None, wher
 def read_json(path: Path) -> dict[str, Any]:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(stated, dict):
         raise ValueError(f"{path} holds a {type(stated).__name__}; need a JSON object")
@@ -150,22 +150,22 @@ def typed(field: Any, value: Any) -> Any:
         or any(type(v) is not kind and not (kind is float and type(v) is int) for v in values)
         or (kind is int and min(values, default=1) < 1)
     ):
-        raise ValueError(f"{field.name} is {value!r}; need a value such as {field.default!r}")
+        raise ValueError(f"{field.name} is {shown(value)}; need a value such as {field.default!r}")
     return tuple(kind(v) for v in values) if isinstance(field.default, tuple) else kind(value)
 
 
 def read_generation(folder: Path, released: GenerationConfig | None) -> GenerationConfig:
     """Those of the release, or of the one with as many frames; then what the folder itself states."""
-    known = {field.name: field for field in fields(GenerationConfig)}
+    known = [field.name for field in fields(GenerationConfig)]
     unet, own, stated = folder / CONFIG_FILES["unet"], folder / GENERATION_FILE, {}
     if released is None and unet.is_file():
         stated["num_frames"] = read_json(unet).get("num_frames", GenerationConfig.num_frames)
     base = released or (XT if stated.get("num_frames") == XT.num_frames else GenerationConfig())
     stated |= read_json(own) if own.is_file() else {}
     try:
-        if unknown := sorted(stated.keys() - known.keys()):
+        if unknown := sorted(stated.keys() - set(known)):
             raise ValueError(f"{unknown[0]} is none of {', '.join(known)}")
-        return replace(base, **{name: typed(known[name], value) for name, value in stated.items()})
+        return replace(base, **stated)
     except ValueError as error:
         raise ValueError(f"{own if own.is_file() else unet}: {error}") from error
 

@@ -3,8 +3,8 @@
 Axes: b batch, c = 3 colours (RGB), h w pixels. Sizes are (width, height), as everywhere a user writes one.
 """
 
+from os import PathLike
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import Fit
+from .config import check, shown
 
-FITS = get_args(Fit)
-
+Image.init()
+RASTER = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = [name for name in RASTER if name in Image.OPEN]  # not PostScript, which Pillow has another program read
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 Size = tuple[int, int]
 
@@ -39,8 +40,7 @@ def load_image(image: ImageLike, size: Size, fit: str = "crop", background: str 
     ValueError: not an image, an image without pixels, a tensor or array of another type, shape or range.
     FileNotFoundError: no such file.
     """
-    if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}: use one of {', '.join(FITS)}")
+    check("fit", fit)
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         image = _unit_array_to_tensor(image)
     if isinstance(image, Tensor):
@@ -59,19 +59,21 @@ def open_image(
         if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
             raise ValueError(f"the array is {image.dtype} {list(image.shape)}: give uint8 [h,w,3] or float in [0, 1]")
         return _to_rgb(_array_to_picture(image), background)
+    if not isinstance(image, str | PathLike):
+        raise ValueError(f"the image is {shown(image)}: give a path, a Pillow image, an array or a tensor")
     path = Path(image)
     if not path.exists():
         raise FileNotFoundError(f"no image at {path}: check the path")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name an image in it")
+    if not path.is_file():  # a pipe or a device would be waited for
+        raise ValueError(f"{path} is {'a folder: name an image in it' if path.is_dir() else 'no file: name an image'}")
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return _to_rgb(picture, background)
     except PermissionError as error:
         raise PermissionError(f"{path} may not be read: check its permissions") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that Pillow can read: convert it to PNG or JPEG") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path} has too many pixels to be opened safely: shrink it first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken data
         raise ValueError(f"{path} is damaged or of an unusual kind ({error}): save it again as PNG") from error
@@ -82,9 +84,14 @@ def _to_rgb(picture: Image.Image, background: str | tuple[int, ...]) -> Image.Im
         raise ValueError(f"the image is {picture.width}x{picture.height}: it has no pixels")
     if picture.mode == "F":
         raise ValueError("the image holds floats (mode F) of unknown range: give a float array [h,w,3] in [0, 1]")
+    kind = picture.format  # PNG and PPM have 16 bits where Pillow has 32
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-        picture = Image.fromarray(_to_bytes(np.asarray(picture).clip(0, 65535)))
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255; or 32, of which a file may use just 8
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"the image holds whole numbers from {values.min()} to {values.max()}: give 8 or 16 bits")
+        bytes_ = picture.mode == "I" and kind not in ("PNG", "PPM") and values.max() <= 255
+        picture = Image.fromarray(values.astype(np.uint8) if bytes_ else _to_bytes(values))
     canvas = Image.new("RGBA", picture.size, background)
     return Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
 

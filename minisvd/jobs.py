@@ -26,7 +26,9 @@ def find_images(given: list[Path]) -> list[Path]:
     """
     from PIL import Image
 
-    extensions = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    from .images import FORMATS
+
+    extensions = {name for name, kind in Image.registered_extensions().items() if kind in FORMATS}
     images = []
     for path in given:
         inside = sorted(path.iterdir()) if path.is_dir() else []

@@ -5,9 +5,11 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 
 from __future__ import annotations
 
-import math
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -17,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import locate, resolve
+from .checkpoint import BROKEN, checked_device, checked_dtype, finite, locate, resolve
 from .clip import ImageEncoder
-from .config import Fit, GenerationConfig, Stage2, Vcut
-from .images import FITS, ImageLike, load_image
+from .config import SETTINGS, Fit, GenerationConfig, Stage2, Vcut, check, shown
+from .images import ImageLike, load_image
 from .sampler import GuidanceSchedule, edm_sigmas, euler_steps, guided_denoiser, initial_latents
 from .save import save_folder
 from .unet import SpatioTemporalUNet
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 FAMILIAR = (
     10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 or more, 26 photos at most 8.8
 )
-LARGEST_SIDE = 4096  # pixels; more is a typing error, not a wish
 
 
 class Settings(TypedDict, total=False):
@@ -47,10 +48,10 @@ class Settings(TypedDict, total=False):
     guidance: tuple[float, float] | None
     cut_step: int | None
     stage2: Stage2
-    sigmas: Tensor | None
+    sigmas: Tensor | Sequence[float] | None
     seed: int | Sequence[int]
-    noise: Tensor | None
-    aug_noise: Tensor | None
+    noise: Tensor | np.ndarray | None
+    aug_noise: Tensor | np.ndarray | None
     size: tuple[int, int] | None
     fit: Fit
     decode_chunk: int | None
@@ -58,53 +59,38 @@ class Settings(TypedDict, total=False):
     progress: bool
 
 
-def check_settings(
-    *,
-    num_frames: int | None = None,
-    steps: int | None = None,
-    fps: float | Sequence[float] = 7,
-    motion_bucket: float | Sequence[float] = 127,
-    noise_aug: float | Sequence[float] = 0.02,
-    guidance: tuple[float, float] | None = None,
-    cut_step: int | None = None,
-    stage2: Stage2 = "mean",
-    size: tuple[int, int] | None = None,
-    fit: str = "crop",
-    decode_chunk: int | None = None,
-) -> None:
-    """Raise ValueError, with the value and the remedy, for a setting that no model can run with.
+PER_IMAGE = ("fps", "motion_bucket", "noise_aug", "seed")  # settings that may have one value for each image
+OPTIONAL = ("num_frames", "steps", "guidance", "size", "decode_chunk", "cut_step")  # None: the model's, or no cut
 
-    Needs no model, so that it can come before loading one. None stands for the preset's value. Warns above motion
-    bucket 255, where training ended.
+
+def check_settings(**settings: Any) -> dict[str, Any]:
+    """`settings` in plain form, those of `PER_IMAGE` as lists, an `OPTIONAL` None as it is. Raises ValueError, with the
+    value and the remedy, for one that no model can run with.
+
+    Needs no model, so that it can come before loading one. Warns above motion bucket 255, where training ended.
     """
-    for name, count in (("num_frames", num_frames), ("steps", steps), ("decode_chunk", decode_chunk)):
-        if count is not None and (isinstance(count, float) or count < 1):
-            raise ValueError(f"{name} is {count}; need a whole number, at least 1")
-    for value in each(fps):
-        if not 2 <= value < math.inf:
-            raise ValueError(f"fps is {value}; need at least 2, because the model is told fps minus one")
-    for value in each(motion_bucket):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"motion_bucket is {value}; need 0 (still) to 255 (fast)")
+    checked = {}
+    for name, value in settings.items():
+        checker = SETTINGS[name].check_each if name in PER_IMAGE else check
+        checked[name] = None if value is None and name in OPTIONAL else checker(name, value)
+    for value in checked.get("motion_bucket", ()):
         if value > 255:
-            warnings.warn(f"motion_bucket is {value}; models were trained on 0 to 255", stacklevel=3)
-    for value in each(noise_aug):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"noise_aug is {value}; need a finite standard deviation, 0 or more (usually 0.02)")
-    if guidance is not None:
-        if len(guidance) != 2:
-            raise ValueError(f"guidance is {guidance}; need two numbers, (min, max)")
-        GuidanceSchedule(*guidance)
-    GuidanceSchedule(1.0, 1.0, cut_step, stage2)
-    if size is not None and (len(size) != 2 or not all(1 <= side <= LARGEST_SIDE for side in size)):
-        raise ValueError(f"size is {size}; need (width, height) in pixels, each from 1 to {LARGEST_SIDE}")
-    if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}; need one of {', '.join(FITS)}")
+            warnings.warn(f"motion_bucket is {value:g}; models were trained on 0 to 255", stacklevel=3)
+    return checked
 
 
-def each(value: Any) -> list[Any]:
-    """A sequence's items, or the one number itself."""
-    return list(value) if isinstance(value, Sequence | Tensor) and not isinstance(value, str) else [value]
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """The networks' constants go by torch's default dtype: keep them, and with them the video, what they are."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield  # and another thread's default is left alone
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class StableVideoDiffusion:
@@ -132,7 +118,7 @@ class StableVideoDiffusion:
     @overload
     def __call__(self, image: Tensor, **settings: Unpack[Settings]) -> Any: ...
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         image: ImageLike | list[Any],
@@ -145,10 +131,10 @@ class StableVideoDiffusion:
         guidance: tuple[float, float] | None = None,
         cut_step: int | None = None,
         stage2: Stage2 = "mean",
-        sigmas: Tensor | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
-        noise: Tensor | None = None,
-        aug_noise: Tensor | None = None,
+        noise: Tensor | np.ndarray | None = None,
+        aug_noise: Tensor | np.ndarray | None = None,
         size: tuple[int, int] | None = None,
         fit: Fit = "crop",
         decode_chunk: int | None = None,
@@ -177,44 +163,50 @@ class StableVideoDiffusion:
         `fps`, `motion_bucket`, `noise_aug` and `seed` may be one value or one for each image. What is None comes from
         `self.generation`. Raises ValueError or FileNotFoundError for any input that cannot work, before any long work.
         """
-        defaults = self.generation
-        num_frames = defaults.num_frames if num_frames is None else num_frames
-        size = defaults.size if size is None else size
-        guidance = defaults.guidance if guidance is None else guidance
-        steps = (defaults.steps if steps is None else steps) if sigmas is None else len(sigmas) - 1
-        decode_chunk = defaults.decode_chunk if decode_chunk is None else decode_chunk
-        check_settings(
+        given = check_settings(
             num_frames=num_frames, steps=steps, fps=fps, motion_bucket=motion_bucket, noise_aug=noise_aug,
-            guidance=guidance, cut_step=cut_step, stage2=stage2, size=size, fit=fit, decode_chunk=decode_chunk,
+            guidance=guidance, cut_step=cut_step, stage2=stage2, seed=seed, size=size, fit=fit,
+            decode_chunk=decode_chunk,
         )  # fmt: skip
-        self.check_size(size)
-        sigmas = edm_sigmas(steps) if sigmas is None else checked_sigmas(sigmas)
+        chosen = vars(self.generation) | {name: value for name, value in given.items() if value is not None}
+        width, height = chosen["size"]
+        self.check_size((width, height))
+        self.check_parts()
+        sigmas = edm_sigmas(chosen["steps"]) if sigmas is None else checked_sigmas(sigmas)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
         if isinstance(image, list) and not image:
             raise ValueError("the list of images is empty; need at least one")
-        batches = [load_image(one, size, fit) for one in (image if isinstance(image, list) else [image])]
+        batches = [load_image(one, (width, height), fit) for one in (image if isinstance(image, list) else [image])]
         pixels = torch.cat(batches)
 
-        b, (width, height), factor = len(pixels), size, self.vae.config.factor
-        fps = per_row("fps", fps, b)
-        numbers = [fps, per_row("motion_bucket", motion_bucket, b), per_row("noise_aug", noise_aug, b)]
-        ids = torch.tensor(numbers, dtype=torch.float32).T
-        added_time_ids = ids - torch.tensor([1, 0, 0])  # the network was trained on fps - 1
-        generators = [torch.Generator().manual_seed(int(value)) for value in per_row("seed", seed, b)]
+        b, factor = len(pixels), self.vae.config.factor
+        each_fps, buckets, levels, seeds = (per_row(name, chosen[name], b) for name in PER_IMAGE)
+        told = [each_fps, buckets, levels]
+        ids = torch.tensor(told, dtype=torch.float32, device="cpu").T
+        added_time_ids = ids - torch.tensor([1, 0, 0], device="cpu")  # the network was trained on fps - 1
+        generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
         aug_noise = drawn("aug_noise", aug_noise, (3, height, width), generators)
-        shape = (num_frames, self.unet.config.out_channels, height // factor, width // factor)
+        shape = (chosen["num_frames"], self.unet.config.out_channels, height // factor, width // factor)
         noise = drawn("noise", noise, shape, generators)
 
-        schedule, videos = GuidanceSchedule(*guidance, cut_step, stage2), []
-        for rows in torch.arange(b).split([len(batch) for batch in batches]):
+        schedule, videos = GuidanceSchedule(*chosen["guidance"], cut_step=given["cut_step"], stage2=given["stage2"]), []
+        for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
             blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
             with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
-                frames = self.vae.decode(latents, decode_chunk, callback=bar.update)
+                frames = self.vae.decode(latents, chosen["decode_chunk"], callback=bar.update)
+            if not finite(frames):
+                if broken := self.broken():
+                    raise ValueError(f"the frames are no finite numbers: {broken}")
+                warnings.warn(f"decoding left the range of {frames.dtype} and is done again in float32", stacklevel=3)
+                frames = copy.deepcopy(self.vae).float().decode(latents, chosen["decode_chunk"])
             frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
-            videos += [Video(frames[i], fps=float(fps[row])) for i, row in enumerate(rows)]
+            videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
 
+    @float32_by_default()
     def sample(
         self,
         pixels: Tensor,
@@ -235,9 +227,21 @@ class StableVideoDiffusion:
         steps = euler_steps(denoise, latents, sigmas.to(noise.device, torch.float32))
         for step in tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress):
             latents = step.latents
+            if not finite(latents):
+                remedy = "run in float32 or bfloat16" if embeds.dtype == torch.float16 else "check guidance and sigmas"
+                where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
+                raise ValueError(f"the latents are no finite numbers after {where}: {self.broken() or remedy}")
             if callback is not None:
                 callback(step.number, step.sigma, latents)
         return latents
+
+    def broken(self) -> str:
+        """The first weight that is no finite number, and what to do about it; else nothing."""
+        for part in ("unet", "vae", "clip"):
+            for name, weight in getattr(self, part).named_parameters():
+                if not finite(weight):
+                    return f"{part}.{name} {BROKEN}"
+        return ""
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a new folder of the published layout, whole or not at all, the weights in `dtype` or as they are.
@@ -268,6 +272,13 @@ class StableVideoDiffusion:
         """Where the weights are."""
         return self.vae.quant_conv.weight.device
 
+    def check_parts(self) -> None:
+        """Raise ValueError unless the parts are on one device and in one dtype."""
+        parts = {name: next(getattr(self, name).parameters()) for name in ("unet", "vae", "clip")}
+        if len({(weight.device, weight.dtype) for weight in parts.values()}) > 1:
+            where = ", ".join(f"{name} {weight.dtype} on {weight.device}" for name, weight in parts.items())
+            raise ValueError(f"the parts differ, {where}: move all three, or load with the device and dtype wanted")
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError unless both sides of (width, height) are multiples of the model's total stride."""
         stride = self.vae.config.factor * self.unet.config.stride
@@ -276,27 +287,40 @@ class StableVideoDiffusion:
             raise ValueError(f"size is {size[0]}x{size[1]}; need multiples of {stride}, such as {near[0]}x{near[1]}")
 
 
-def per_row(name: str, value: Any, b: int) -> list[Any]:
+def per_row(name: str, values: list[Any], b: int) -> list[Any]:
     """One value for each of b rows."""
-    values = each(value)
     if len(values) not in (1, b):
         raise ValueError(f"{name} has {len(values)} values for a batch of {b}; need one, or one for each")
     return values * (b // len(values)) if len(values) == 1 else values
 
 
-def drawn(name: str, given: Tensor | None, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    """Unit noise of one `shape` a row: as given, else drawn row by row."""
+def float32(name: str, value: Any) -> Tensor:
+    """Numbers in a list, an array or a tensor, as a float32 tensor. Raises ValueError for anything else."""
+    try:
+        return torch.as_tensor(value, dtype=torch.float32, device=getattr(value, "device", "cpu"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is {shown(value)}; need a tensor or an array of numbers") from error
+
+
+def drawn(name: str, given: Any, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Unit noise of one `shape` a row, in float32: as given, else drawn row by row."""
     if given is None:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        draw = partial(torch.randn, shape, dtype=torch.float32, device="cpu")
+        return torch.stack([draw(generator=generator) for generator in generators])
+    given = float32(name, given)
     if given.shape != (len(generators), *shape):
         raise ValueError(f"{name} has shape {tuple(given.shape)}; need {(len(generators), *shape)}")
-    return given.float()
+    if not given.isfinite().all():
+        raise ValueError(f"{name} has values that are infinite or not numbers; draw it again")
+    return given
 
 
-def checked_sigmas(sigmas: Tensor) -> Tensor:
+def checked_sigmas(sigmas: Any) -> Tensor:
     """Noise levels that fall strictly, from a finite one to 0."""
+    sigmas = float32("sigmas", sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] != 0 or not (sigmas.diff() < 0).all() or sigmas[0].isinf():
-        raise ValueError(f"sigmas are {sigmas.tolist()}; need at least two finite levels that fall strictly to 0")
+        levels = shown(sigmas.tolist())
+        raise ValueError(f"sigmas are {levels}; need at least two finite levels that fall strictly to 0")
     return sigmas
 
 
@@ -304,7 +328,7 @@ def load(
     source: str | Path = "tiny",
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     vcut: Vcut | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -319,6 +343,7 @@ def load(
     need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
+    dtype, device = checked_dtype(dtype), checked_device(device)  # before anything is downloaded
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

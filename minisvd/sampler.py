@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .config import Stage2
+from .config import SETTINGS, Stage2, check
 
 Denoise = Callable[[Tensor, Tensor, int], Tensor]
 """(x, sigma, step) -> D(x; sigma): denoised latents. Steps count from 1."""
@@ -29,9 +29,8 @@ def edm_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: 
     700 is Stable Video Diffusion's, EDM has 80: arXiv 2311.15127 moves towards more noise for more pixels and frames.
     Raises ValueError for n < 1.
     """
-    if n < 1:
-        raise ValueError(f"number of steps is {n}; need at least 1")
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    n = SETTINGS["steps"].check("number of steps", n)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
@@ -72,7 +71,7 @@ class GuidanceSchedule:
     of it for `stage2` "mean", which gives each cross-attention the mean of its two outputs; all for "cond"; none for
     "uncond".
 
-    Raises ValueError unless min_scale <= max_scale, for cut_step < 1 and for another `stage2`.
+    Raises ValueError as `config.check` does: unless min_scale <= max_scale, for cut_step < 1, for another `stage2`.
     """
 
     min_scale: float
@@ -81,12 +80,10 @@ class GuidanceSchedule:
     stage2: Stage2 = "mean"
 
     def __post_init__(self) -> None:
-        if not self.min_scale <= self.max_scale < float("inf"):
-            raise ValueError(f"guidance is ({self.min_scale}, {self.max_scale}); need finite min <= max")
-        if self.cut_step is not None and self.cut_step < 1:
-            raise ValueError(f"cut_step is {self.cut_step}; steps count from 1, so need at least 1")
-        if self.stage2 not in SHARE:
-            raise ValueError(f"stage2 is {self.stage2!r}; need one of {', '.join(SHARE)}")
+        check("guidance", (self.min_scale, self.max_scale))
+        if self.cut_step is not None:
+            check("cut_step", self.cut_step)
+        check("stage2", self.stage2)
 
     @property
     def guides(self) -> bool:
@@ -99,7 +96,7 @@ class GuidanceSchedule:
 
     def scales(self, num_frames: int) -> Tensor:
         """[t]: the scale of each frame."""
-        return torch.linspace(self.min_scale, self.max_scale, num_frames)
+        return torch.linspace(self.min_scale, self.max_scale, num_frames, dtype=torch.float32, device="cpu")
 
 
 def guided_denoiser(

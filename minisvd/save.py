@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import BROKEN, finite
 from .clip import ImageEncoder
 from .config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from .folder import CONFIG_FILES, FIXED, GENERATION_FILE, PREPROCESSOR_FILE, STEMS
@@ -81,6 +82,10 @@ def original(module: Any) -> Any:
 def write_tensors(stem: Path, state: dict[str, Tensor], dtype: torch.dtype | None) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            why = BROKEN if tensor.dtype == state[name].dtype else f"does not fit in {dtype}: take float32 or bfloat16"
+            raise ValueError(f"{stem}: {name} {why}")
     save_file(tensors, f"{stem}.safetensors", metadata={"format": "pt"})
 
 

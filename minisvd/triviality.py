@@ -306,8 +306,8 @@ def check_site(name: str, attention: Attention) -> SiteCheck:
     """
     attention = copy.deepcopy(attention).cpu().double().eval()
     redraw = Redraw()
-    x = redraw(torch.ones(6, 4, attention.to_q.in_features, dtype=torch.float64))
-    context = redraw(torch.ones(2, 1, attention.to_v.in_features, dtype=torch.float64))
+    x = redraw(torch.ones(6, 4, attention.to_q.in_features, dtype=torch.float64, device="cpu"))
+    context = redraw(torch.ones(2, 1, attention.to_v.in_features, dtype=torch.float64, device="cpu"))
     weight, bias = linear_map(attention)
     with torch.no_grad():
         out = attention(x, context)
@@ -345,10 +345,10 @@ class Redraw:
     check gives the same numbers twice and leaves torch's own generator alone."""
 
     def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, like: Tensor) -> Tensor:
-        noise = torch.randn(like.shape, generator=self.generator).to(like)
+        noise = torch.randn(like.shape, generator=self.generator, dtype=torch.float32, device="cpu").to(like)
         return noise * (like.detach().float().square().mean().sqrt().item() or 1.0)
 
 

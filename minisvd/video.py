@@ -21,10 +21,13 @@ import av
 import numpy as np
 from PIL import Image
 
+from .config import Setting, check
+
 if TYPE_CHECKING:  # torch takes seconds to import, and `check_output` is to answer at once
     from torch import Tensor
 
 BT709 = 1  # the colour matrix, primaries and transfer of HD video, as H.264 numbers them
+FPS = Setting(False, 0.01, 1000, why=", in frames per second")  # a model's begin at 2
 LONGEST_SIDE = 8192  # pixels of an enlarged video
 NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 
@@ -33,22 +36,27 @@ NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 class Video:
     """`frames`, a float tensor [t,3,h,w] in [0,1], shown at `fps` frames per second.
 
-    ValueError: another shape or dtype, a value outside [0,1] (or not a number), no frame, an fps that is not positive.
+    ValueError: another shape or dtype, a value outside [0,1] (or not a number), no frame, an fps that no format holds.
     """
 
     frames: Tensor
     fps: float
 
     def __post_init__(self) -> None:
+        if isinstance(self.frames, np.ndarray):
+            import torch
+
+            object.__setattr__(self, "frames", torch.from_numpy(np.array(self.frames)))
+        if not hasattr(self.frames, "is_floating_point"):
+            raise ValueError(f"frames are {type(self.frames)}: give a float tensor [t,3,h,w]")
         shape = list(self.frames.shape)
         if len(shape) != 4 or shape[1] != 3 or 0 in shape or not self.frames.is_floating_point():
             raise ValueError(f"frames are {self.frames.dtype} {shape}: give a float tensor [t,3,h,w] with t, h, w >= 1")
         low, high = self.frames.min().item(), self.frames.max().item()
         if not (low >= 0 and high <= 1):
-            remedy = "run the model in float32 or bfloat16" if math.isnan(low) else "clamp or rescale them to [0, 1]"
+            remedy = "give numbers from 0 to 1" if math.isnan(low) else "clamp or rescale them to [0, 1]"
             raise ValueError(f"frames range from {low:g} to {high:g}: {remedy}")
-        if not (0 < self.fps < math.inf):
-            raise ValueError(f"fps is {self.fps}: give a positive number of frames per second")
+        object.__setattr__(self, "fps", FPS.check("fps", self.fps))
 
     def __repr__(self) -> str:
         t, _, h, w = self.frames.shape
@@ -73,17 +81,19 @@ class Video:
         .mp4   H.264 yuv420p, which every browser and player shows; an odd side repeats its last row or column
         .gif   256 colours per frame, dithered; times are whole hundredths of a second, at least two
         .webp  animated and lossless; times are whole milliseconds
+               (in both, frames that are equal and follow each other become one, shown for as long as they were)
         none   a folder of lossless frame_0000.png, frame_0001.png, ...
 
         An existing file is replaced, whole, at the end. Raises what `check_output` raises, before any work.
         """
         path = check_output(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}-") as temporary:
+        target = Path(os.path.realpath(path))  # what a link is to is replaced, and the link stays
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{path.name[:100]}-") as temporary:
             part = Path(temporary) / path.name
             WRITERS[path.suffix.lower()](self, part)
-            if path.is_dir():  # an empty folder, says check_output; not every system replaces one
-                path.rmdir()
-            os.replace(part, path)
+            if target.is_dir():  # an empty folder, says check_output; not every system replaces one
+                target.rmdir()
+            os.replace(part, target)
         return path
 
     def _repr_html_(self) -> str:
@@ -101,8 +111,7 @@ class Video:
 
 def check_zoom(zoom: int, size: Sequence[int]) -> None:
     """Raise ValueError for no whole number, one below 1, or one that makes a side of `size` over LONGEST_SIDE."""
-    if isinstance(zoom, bool) or not isinstance(zoom, int) or zoom < 1:
-        raise ValueError(f"zoom is {zoom!r}; need a whole number, at least 1")
+    check("zoom", zoom)
     if max(size) * zoom > LONGEST_SIDE:
         most = LONGEST_SIDE // max(size)
         raise ValueError(f"zoom is {zoom}, for a side of {max(size) * zoom} pixels; need at most {most}")
@@ -122,8 +131,14 @@ def check_output(path: str | Path) -> Path:
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it first")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"cannot write {path}: the folder {path.parent} is not writable, choose another")
+    try:  # some systems say so only when it is tried
+        tempfile.TemporaryDirectory(dir=Path(os.path.realpath(path)).parent, prefix=".minisvd-").cleanup()
+    except OSError as error:
+        raise PermissionError(f"cannot write {path}: {error.strerror} in its folder, choose another") from error
     if path.suffix and path.is_dir():
         raise FileExistsError(f"cannot write {path}: it is a folder, choose another name")
+    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(f"cannot write {path}: it is a pipe, a device or a link to nothing, choose another name")
     if not path.suffix and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"cannot write PNGs to {path}: it exists and is not an empty folder, choose another name")
     return path
@@ -131,7 +146,8 @@ def check_output(path: str | Path) -> Path:
 
 def is_written(path: Path) -> bool:
     """Whether a video is at `path`. If so it is whole, because `Video.save` moves it there at the end."""
-    return path.suffix.lower() in WRITERS and (path.is_file() if path.suffix else path.is_dir() and any(path.iterdir()))
+    first = path if path.suffix else path / "frame_0000.png"
+    return path.suffix.lower() in WRITERS and first.is_file() and first.stat().st_size > 0
 
 
 def _write_mp4(video: Video, path: Path) -> None:
@@ -139,9 +155,11 @@ def _write_mp4(video: Video, path: Path) -> None:
     h, w = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")  # yuv420p halves both sides
     # faststart puts the index before the pictures, so that a browser can start before it has the whole file
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    # "file:", or libav would take a name such as 12:30.mp4 or tee:x.mp4 for a protocol's
+    with av.open(f"file:{path.absolute()}", "w", format="mp4", options={"movflags": "faststart"}) as container:
         rate = Fraction(video.fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
+        options = {"crf": "17", "x264-params": "mbtree=0"}  # whose threads make another file of the same frames
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709

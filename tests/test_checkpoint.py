@@ -1,5 +1,7 @@
 """Both published layouts fill the same modules completely, and whatever cannot be loaded is refused by name."""
 
+import contextlib
+import copy
 import gc
 import json
 import os
@@ -14,10 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_files import LAYOUTS, SMALL, published, small_modules, stated_config, write_folder, write_single_file
-from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, load_unet, read_header, resolve
+from minisvd import load
+from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, read_header, resolve
+from minisvd.cli import main
 from minisvd.config import XT, GenerationConfig, UNetConfig
 from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PARTS, PREPROCESSOR_FILE, STEMS
 from minisvd.layouts import FOLDER, SINGLE_FILE, rules, sources
+from tools.folder.convert import main as convert
 
 BOTH = (FOLDER, SINGLE_FILE)
 
@@ -267,9 +272,79 @@ def test_peak_memory_is_at_most_a_tenth_above_the_weights_and_one_tensor(tmp_pat
     ).stdout  # fmt: skip
     rows = [json.loads(line) for line in output.splitlines()]
     assert len(rows) == 4
-    for load, variant, dtype, peak, weights in rows:
-        print(f"{load} {variant} -> {dtype}: peak {peak / weights:.3f} of {weights / 2**20:.0f} MiB")
-        assert (peak <= 1.1 * weights + one_tensor) == (load == "load_unet")
+    for loader, variant, dtype, peak, weights in rows:
+        print(f"{loader} {variant} -> {dtype}: peak {peak / weights:.3f} of {weights / 2**20:.0f} MiB")
+        assert (peak <= 1.1 * weights + one_tensor) == (loader == "load_unet")
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_refused_by_name(
+    value: float, tmp_path: Path, modules: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it is read, by `load` and by `verify`; a mapped one, when it is used. Control: the weights as they were."""
+    load(write_folder(tmp_path / "whole", modules), copy=True)
+    picture = torch.zeros(3, 64, 64)
+    for part, name in (("unet", "conv_in.weight"), ("vae", "decoder.conv_in.bias"), ("clip", "visual.proj")):
+        broken = copy.deepcopy(modules[part])
+        broken.get_parameter(name).data.flatten()[1] = value
+        folder = write_folder(tmp_path / part, modules | {part: broken})
+        with pytest.raises(ValueError, match=r"safetensors: .* has values that are infinite or not numbers"):
+            load(folder, copy=True)
+        with pytest.raises(ValueError, match=rf"no finite numbers.*{part}\.{name} has values that are infinite or not"):
+            load(folder)(picture, size=(64, 64), num_frames=2, steps=2, progress=False)
+    assert main(["verify", "--model", str(tmp_path / "unet")]) == 2
+    assert "conv_in.weight has values that are infinite" in capsys.readouterr().err
+    broken = copy.deepcopy(modules["unet"])
+    name = next(name for name in broken.state_dict() if name.endswith("attn2.to_v.weight"))
+    broken.get_parameter(name).data[0, 0] = value
+    with pytest.raises(ValueError, match=r"attn2.*has values that are infinite"):
+        load(write_folder(tmp_path / "folded", modules | {"unet": broken}), vcut="lossless")
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, modules: dict[str, Any]) -> None:
+    """When it is loaded so, when it is saved so, and by the program that converts; bfloat16 holds it."""
+    large = copy.deepcopy(modules["unet"])
+    large.conv_in.weight.data.flatten()[1] = 1e5
+    folder = write_folder(tmp_path / "large", modules | {"unet": large})
+    with pytest.raises(ValueError, match=r"conv_in.weight does not fit in torch.float16: load it in float32 or bfl"):
+        load(folder, dtype="float16")
+    for save in (
+        lambda: load(folder).save(tmp_path / "out", torch.float16),
+        lambda: convert([str(folder), str(tmp_path / "out")]),
+    ):
+        with contextlib.suppress(ValueError):
+            assert save() == 2
+        assert not (tmp_path / "out").exists()
+    assert load(folder, dtype="bfloat16").unet.conv_in.weight.dtype == torch.bfloat16
+    load(folder).save(tmp_path / "out", torch.bfloat16)
+
+
+def test_no_finite_number_is_taken_for_infinite() -> None:
+    """`finite` says what `isfinite` says, at the ends of every dtype and of nothing."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        ends = torch.tensor([torch.finfo(dtype).min, 0, torch.finfo(dtype).max], dtype=dtype)
+        assert finite(ends)
+        assert finite(ends[:0])
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            assert not finite(torch.cat([ends, ends.new_tensor([bad])]))
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("source", [5, None, "", b"tiny", "~nobody-here", "loop", "pipe.safetensors", "/dev/zero"])
+def test_what_is_no_model_is_a_sentence(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name or path, a home that nobody has, a link to itself, a pipe, a device: nothing is waited for."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    os.mkfifo("pipe.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"model|there is no file|neither a file"):
+        load(source)
+    wrongs: list[dict[str, Any]] = [{"dtype": "int8"}, {"dtype": 5}, {"device": "cuda:99"}, {"device": [1]}]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            load("tiny", **wrong)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------

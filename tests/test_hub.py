@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +38,7 @@ class Hub(BaseHTTPRequestHandler):
     folder: Path
     asked: list[str]
     sent: list[str]
+    hang = threading.Event()
 
     def do_HEAD(self) -> None:
         self.respond(body_wanted=False)
@@ -48,8 +50,12 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         api = parts[0] == "api"
+        if parts[-1].startswith("hangs") or (api and "hangs" in parts):
+            return self.hang.wait(60)
         owner, name, verb, revision, *rest = [*(parts[2:] if api else parts), "", "", "", ""]
         folder, file = self.folder / owner / name, "/".join(filter(None, rest))
+        if owner == "status":
+            return self.fail(int(name), "")
         if not folder.is_dir():
             return self.fail(401, "RepoNotFound")
         if revision not in ("main", COMMIT, ""):
@@ -66,6 +72,12 @@ class Hub(BaseHTTPRequestHandler):
             return self.fail(403, "GatedRepo")
         if body_wanted:
             self.sent.append(file)
+        if name == "cut" and body_wanted and file.endswith(".safetensors"):
+            self.send_response(200)
+            self.send_header("Content-Length", str((folder / file).stat().st_size))
+            self.end_headers()
+            self.wfile.write((folder / file).read_bytes()[:1000])
+            return self.connection.shutdown(socket.SHUT_RDWR)
         return self.send((folder / file).read_bytes(), body_wanted)
 
     def send(self, body: bytes, body_wanted: bool) -> None:
@@ -106,7 +118,7 @@ for line in sys.stdin:
             found = resolve(source, **options)
             files = [file.relative_to(found.path).as_posix() for file in found.files.values()]
             answer = [*files, found.generation.steps]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         answer = f"{type(error).__name__}: {error}"
     print(json.dumps(answer), flush=True)
 """
@@ -274,3 +286,31 @@ def test_what_the_hub_refuses_is_one_sentence_that_says_what_to_do(
         assert "\n" not in variant + pickles
     assert not hub.sent
     assert not online.cached()
+
+
+def test_a_hub_in_trouble_is_one_sentence_with_its_own_reason(repositories: Path, port: int, online: Client) -> None:
+    """It refuses, is asked too often, or is broken: its status is named. One that never answers is not waited for."""
+    with serving(repositories, port) as hub:
+        for status, reason in ((403, "Forbidden"), (429, "Too Many Requests"), (500, "Internal Server Error")):
+            answer = online("resolve", f"status/{status}")
+            assert answer.startswith(f"FileNotFoundError: status/{status} is not in the local cache: run once with"), (
+                answer
+            )
+            assert str(status) in answer
+            assert reason in answer
+        began = time.monotonic()
+        answer = online("resolve", "hangs/svd")
+        assert answer.startswith("FileNotFoundError: hangs/svd is not in the local cache")
+        assert "imed out" in answer
+        assert time.monotonic() - began < 40
+        hub.hang.set()
+
+
+def test_a_download_that_is_cut_is_one_sentence(repositories: Path, port: int, online: Client) -> None:
+    """Every file of weights ends after 1,000 bytes. Whole, it loads: the tests above."""
+    shutil.copytree(repositories / "someone/svd", repositories / "someone/cut")
+    with serving(repositories, port):
+        answer = online("load_unet", "someone/cut")
+    assert answer.startswith("ConnectionError: someone/cut was not downloaded whole ("), answer
+    assert answer.endswith("): run again, what came is kept")
+    assert "\n" not in answer

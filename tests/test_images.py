@@ -1,5 +1,6 @@
 """Theorem: whatever kind of image a user gives, the tensor holds the pixels an eye would see, or a sentence says no."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minisvd.images import FITS, load_image
+from minisvd.config import CHOICES
+from minisvd.images import load_image
 
 
 def pixels(tensor: torch.Tensor) -> np.ndarray:
@@ -29,7 +31,7 @@ RANDOM = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)  #
 # --- identity -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fit", CHOICES["fit"])
 def test_an_image_of_the_right_size_is_taken_as_it_is(tmp_path: Path, fit: str) -> None:
     """Bit for bit v / 127.5 - 1, from a file, a Pillow image, an array and a tensor; one pixel more and it is not."""
     expected = torch.from_numpy(RANDOM).movedim(-1, 0)[None].float() / 127.5 - 1
@@ -162,7 +164,7 @@ def test_each_fit_keeps_what_it_says(as_tensor: bool) -> None:
     stretch shows all at full height. Pictures and tensors agree.
     """
     image = torch.from_numpy(stripes()).movedim(-1, 0) / 127.5 - 1 if as_tensor else stripes()
-    crop, pad, stretch = (pixels(load_image(image, (32, 32), fit)) for fit in FITS)
+    crop, pad, stretch = (pixels(load_image(image, (32, 32), fit)) for fit in CHOICES["fit"])
     green, rgb, black = np.array((0, 255, 0)), np.eye(3) * 255, np.zeros(3)
     assert np.abs(crop[:, 8:-8] - green).max() < 1e-3
     assert np.abs(stretch[:, [5, 16, 26]] - rgb).max() < 12  # Lanczos rings; 12 of 255
@@ -201,7 +203,7 @@ def test_shrinking_is_antialiased(as_tensor: bool) -> None:
     assert np.abs(array[::8, 3::8] - 255 / 8).min() > 200
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fit", CHOICES["fit"])
 @pytest.mark.parametrize("have", [(1, 1), (1, 500), (500, 1), (3, 2), (127, 65)])
 def test_any_size_fits(have: tuple[int, int], fit: str) -> None:
     """White stays white (but for bars), within [-1,1], at exactly the size asked for; pictures and tensors alike."""
@@ -243,9 +245,47 @@ def test_what_is_no_image_is_refused(image: object, message: str) -> None:
         load_image(image, (8, 8))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("suffix", [".tiff", ".png", ".pgm"])
+def test_32_bits_that_hold_bytes_are_bytes(tmp_path: Path, suffix: str) -> None:
+    """A TIFF of int32 from 0 to 255 is what it is as uint8. A PNG or PGM of 16 bits is not: it says what white is."""
+    grey = np.arange(64, dtype=np.int32).reshape(8, 8) * 4
+    if suffix == ".tiff":
+        Image.fromarray(grey).save(tmp_path / "image.tiff")
+        Image.fromarray(grey * 200).save(tmp_path / "more.tiff")
+        expected, more = grey.astype(np.uint8), np.round(grey * 200 / 257).astype(np.uint8)
+        assert torch.equal(load_image(tmp_path / "more.tiff", (8, 8)), load_image(more, (8, 8)))  # control
+        for wrong in (grey - 1, grey * 1000):
+            Image.fromarray(wrong).save(tmp_path / "wrong.tiff")
+            with pytest.raises(ValueError, match="holds whole numbers from"):
+                load_image(tmp_path / "wrong.tiff", (8, 8))
+    else:
+        Image.fromarray(grey.astype(np.uint16)).save(tmp_path / f"image{suffix}")
+        expected = np.round(grey / 257).astype(np.uint8)
+    assert torch.equal(load_image(tmp_path / f"image{suffix}", (8, 8)), load_image(expected, (8, 8)))
+
+
+def test_no_program_is_run_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript under a picture's name is refused without Ghostscript being asked, which would run what it says."""
+    (tmp_path / "photo.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("ran a program"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("ran a program"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    with pytest.raises(ValueError, match=r"photo\.png is not an image"):
+        load_image(tmp_path / "photo.png", (8, 8))
+
+
+@pytest.mark.posix
+def test_a_pipe_or_device_is_refused_at_once(tmp_path: Path) -> None:
+    """Reading one would wait for whoever writes it, or never end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="is no file: name an image"):
+            load_image(path, (8, 8))
+
+
 def test_an_unknown_fit_is_refused() -> None:
     """The sentence lists those there are."""
-    with pytest.raises(ValueError, match="fit is 'cover': use one of crop, pad, stretch"):
+    with pytest.raises(ValueError, match="fit is 'cover'; need one of crop, pad, stretch"):
         load_image(RANDOM, (8, 8), "cover")
 
 
@@ -266,11 +306,14 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path, monkeypatch: pytest.
         cut.write_bytes((tmp_path / name).read_bytes()[:2000])
         with pytest.raises(ValueError, match=rf"{cut.name} is damaged"):
             load_image(cut, (8, 8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # Pillow's warning, an error in these tests
+    with pytest.raises(ValueError, match=r"whole\.png has too many pixels"):
+        load_image(tmp_path / "whole.png", (8, 8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 3)
     with pytest.raises(ValueError, match=r"whole\.png has too many pixels"):
         load_image(tmp_path / "whole.png", (8, 8))
 
-    def forbidden(path: Path) -> None:
+    def forbidden(path: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Image, "open", forbidden)  # root may read any file

@@ -72,6 +72,72 @@ def test_the_same_seed_gives_the_same_bits(svd, images):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torch_s_defaults_do_not_change_the_video(svd, tiny_folder, images, dtype):
+    """Another default dtype gives the same bits, and stays. Another default device, which is torch's way to watch every
+    call and so turns off a fused one in CLIP's tower, gives the same to rounding."""
+    expected = svd(images[0], guidance=(1.0, 2.0), **QUICK).frames
+    torch.set_default_dtype(dtype)
+    try:
+        frames = minisvd.load(tiny_folder)(images[0], guidance=(1.0, 2.0), **QUICK).frames
+        kept = torch.get_default_dtype()
+        torch.set_default_device("meta")
+        elsewhere = minisvd.load(tiny_folder)(images[0], guidance=(1.0, 2.0), **QUICK).frames
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(frames, expected)
+    assert kept == dtype
+    difference = (elsewhere - expected).abs().max().item()
+    print(f"largest difference: {difference:.1e}")
+    assert difference <= 1e-4  # as between a batch and its rows
+
+
+def test_latents_that_are_no_numbers_end_the_run_at_their_step(svd, images):
+    """The sentence names step and sigma, and the steps that follow are not made."""
+    steps, noise = [], torch.full((1, 3, 4, 8, 8), 3e38)
+    with pytest.raises(ValueError, match=r"after step 1 of 2, at sigma 0\.002: check guidance and sigmas"):
+        svd(images[0], noise=noise, callback=lambda *call: steps.append(call), **QUICK)
+    assert steps == []
+
+
+def test_decoding_that_leaves_float16_is_done_in_float32(tiny_folder, images):
+    """With one warning; the weights stay float16. Control: bfloat16, which has the range, says nothing."""
+    svd = minisvd.load(tiny_folder, dtype="float16")
+    svd.vae.decoder.conv_in.weight.data *= 1e5
+    with pytest.warns(UserWarning, match=r"decoding left the range of torch\.float16") as warned:
+        frames = svd(images[0], **QUICK).frames
+    assert len(warned) == 1
+    assert frames.isfinite().all()
+    assert next(svd.vae.parameters()).dtype == torch.float16
+    for part in (svd.unet, svd.vae, svd.clip):
+        part.bfloat16()
+    svd(images[0], **QUICK)  # a warning would be an error
+
+
+def test_frames_are_tensors_to_go_on_with(svd, images):
+    """They can be part of what is trained, which tensors of inference mode cannot; so can a callback's latents."""
+    seen = []
+    frames = svd(images[0], callback=lambda _step, _sigma, latents: seen.append(latents), **QUICK).frames
+    scale = torch.ones((), requires_grad=True)
+    (scale * frames).sum().backward()
+    assert scale.grad is not None
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (frames, *seen))
+
+
+def test_parts_that_differ_are_a_sentence(tiny_folder, images):
+    """One part in another dtype or elsewhere; all three moved alike work."""
+    svd = minisvd.load(tiny_folder)
+    for part in ("unet", "vae", "clip"):
+        getattr(svd, part).bfloat16()
+        with pytest.raises(ValueError, match=f"the parts differ, .*{part} torch.bfloat16 on cpu.*: move all three"):
+            svd(images[0], **QUICK)
+        getattr(svd, part).float()
+    for part in (svd.unet, svd.vae, svd.clip):
+        part.bfloat16()
+    svd(images[0], **QUICK)
+
+
 def test_given_noise_replaces_the_seed(svd, images):
     noise, aug_noise = torch.randn(1, 3, 4, 8, 8), torch.randn(1, 3, 64, 64)
     first, again = (svd(images[0], seed=s, noise=noise, aug_noise=aug_noise, **QUICK).frames for s in (5, 6))
@@ -114,17 +180,17 @@ def test_half_precision_runs_and_stays_near(svd, tiny_folder, images):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps is 0; need a whole number, at least 1"),
+        ({"steps": 0}, "steps is 0; need a whole number from 1 to 100,000"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"num_frames": 2.5}, "num_frames is 2.5"),
         ({"decode_chunk": 0}, "decode_chunk is 0"),
-        ({"fps": 1}, "fps is 1; need at least 2, because the model is told fps minus one"),
+        ({"fps": 1}, "fps is 1; need a number from 2 to 1,000, because the model is told fps minus one"),
         ({"fps": float("nan")}, "fps is nan"),
         ({"noise_aug": -0.1}, "noise_aug is -0.1"),
         ({"noise_aug": float("inf")}, "noise_aug is inf"),
-        ({"motion_bucket": -1}, "motion_bucket is -1; need 0"),
-        ({"guidance": (3.0, 1.0)}, r"guidance is \(3.0, 1.0\); need finite min <= max"),
-        ({"guidance": (1.0,)}, "need two numbers"),
+        ({"motion_bucket": -1}, "motion_bucket is -1; need a number from 0"),
+        ({"guidance": (3.0, 1.0)}, r"guidance is \(3.0, 1.0\); need 2 numbers, \(min, max\), .*, min <= max"),
+        ({"guidance": (1.0,)}, "need 2 numbers"),
         ({"cut_step": 0}, "cut_step is 0"),
         ({"stage2": "both"}, "stage2 is 'both'"),
         ({"fit": "zoom"}, "fit is 'zoom'"),

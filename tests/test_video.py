@@ -73,6 +73,36 @@ def test_mp4_decodes_to_the_same_frames_at_the_same_rate(tmp_path: Path, t: int,
         assert float(stream.duration * stream.time_base) == pytest.approx(t / fps, abs=1e-3)
 
 
+def test_the_same_frames_are_the_same_file(tmp_path: Path) -> None:
+    """Byte for byte, 20 times over, in every format: noise that moves, which leaves the encoder most to decide."""
+    frames = torch.rand(25, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    video = Video((frames + 3 * moving_disc(25)) / 4, 7)
+    once = [video.save(tmp_path / f"{i}.mp4").read_bytes() for i in range(20)]
+    assert len(set(once)) == 1
+    for name in NAMES[1:3]:
+        assert video.save(tmp_path / name).read_bytes() == video.save(tmp_path / f"again-{name}").read_bytes()
+    assert Video(video.frames.flip(0), 7).save(tmp_path / "other.mp4").read_bytes() != once[0]  # control
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:x.mp4", "tee:x.mp4", "concat:a|b.mp4", "pipe:1.mp4", "%d {x}.mp4"])
+def test_a_name_is_a_name_and_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of libav, which knows file:, tee:, pipe: and more: the file lies in the folder under just this name."""
+    monkeypatch.chdir(tmp_path)
+    Video(moving_disc(2), 7).save(name)
+    assert os.listdir() == [name]
+    assert len(decoded(tmp_path / name if ":" not in name else (tmp_path / name).rename("plain.mp4"))) == 2
+
+
+@pytest.mark.parametrize("name", NAMES[1:3])
+def test_equal_neighbours_become_one_frame_that_stays_as_long(tmp_path: Path, name: str) -> None:
+    """In gif and webp: 6 frames in pairs are 3, and the times add up; mp4 and PNGs keep all 6."""
+    video = Video(moving_disc(3).repeat_interleave(2, 0), 10)
+    frames, durations, _ = animation(video.save(tmp_path / name))
+    assert (len(frames), durations) == (3, [200] * 3)
+    assert len(decoded(video.save(tmp_path / "clip.mp4"))) == len(list(video.save(tmp_path / "clip").iterdir())) == 6
+
+
 def test_mp4_is_of_the_kind_that_browsers_play(tmp_path: Path) -> None:
     """H.264, yuv420p, tagged as limited-range BT.709, with the index (moov) before the pictures (mdat)."""
     path = Video(moving_disc(), 7).save(tmp_path / "clip.mp4")
@@ -265,6 +295,47 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["holiday.png"]
 
 
+@pytest.mark.posix
+def test_a_link_is_followed_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A link to a file stays, and its file is the new video; a pipe, a device, a link to nothing: before any work."""
+    video = Video(moving_disc(1), 7)
+    (tmp_path / "there").mkdir()
+    old = tmp_path / "there" / "old.mp4"
+    old.write_bytes(b"old")
+    (tmp_path / "link.mp4").symlink_to(old)
+    assert video.save(tmp_path / "link.mp4") == tmp_path / "link.mp4"
+    assert (tmp_path / "link.mp4").is_symlink()
+    assert len(decoded(old)) == 1
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("nothing.mp4", "nothing"):
+        (tmp_path / name).symlink_to(tmp_path / "none")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("pipe.mp4", "nothing.mp4", "nothing", "/dev/null"):
+        with pytest.raises(
+            (FileExistsError, PermissionError), match=r"link to nothing|not an empty folder|in its fold"
+        ):
+            check_output(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.linux
+def test_a_folder_that_nobody_can_write_to_is_refused_by_trying(tmp_path: Path) -> None:
+    """/proc, which says to root that it can be written to."""
+    with pytest.raises((PermissionError, FileNotFoundError), match=r"cannot write /proc/clip.mp4"):
+        check_output("/proc/clip.mp4")
+    check_output(tmp_path / "clip.mp4")  # control
+
+
+def test_only_what_holds_a_video_counts_as_written(tmp_path: Path) -> None:
+    """Not an empty file, and no folder without its first frame, such as one that a file manager has looked into."""
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "looked").mkdir()
+    (tmp_path / "looked" / ".DS_Store").write_bytes(b"x")
+    assert not any(video_module.is_written(tmp_path / name) for name in ("empty.mp4", "looked", "none.mp4", "none"))
+    for name in NAMES:
+        assert video_module.is_written(Video(moving_disc(2), 7).save(tmp_path / name))
+
+
 def test_a_folder_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PermissionError names the folder. (The answer of `os.access` is given, because root may write anywhere.)"""
     check_output(tmp_path / "clip.mp4")
@@ -291,7 +362,7 @@ def test_check_output_accepts_what_save_can_write_and_writes_nothing(tmp_path: P
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 7, "torch.uint8"),
         (torch.full((1, 3, 8, 8), 2.0), 7, "from 2 to 2: clamp"),
         (torch.full((1, 3, 8, 8), -0.5), 7, "from -0.5 to -0.5: clamp"),
-        (torch.full((1, 3, 8, 8), torch.nan), 7, "nan to nan: run the model in float32"),
+        (torch.full((1, 3, 8, 8), torch.nan), 7, "nan to nan: give numbers"),
         (torch.zeros(1, 3, 8, 8), 0, "fps is 0"),
         (torch.zeros(1, 3, 8, 8), -7, "fps is -7"),
         (torch.zeros(1, 3, 8, 8), torch.inf, "fps is inf"),

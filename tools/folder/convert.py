@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{args.out} exists: name a new folder")
         dtype = getattr(torch, args.dtype)
         where = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
-        svd = minisvd.load(args.source, dtype=dtype, vcut=VCUT.get(args.vcut), **where)
+        svd = minisvd.load(args.source, dtype=dtype, vcut=VCUT.get(args.vcut or ""), **where)
         if args.key is None:
             svd.save(args.out, dtype)
         else:
