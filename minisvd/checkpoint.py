@@ -10,7 +10,6 @@ Everything that can be wrong with a name, a shape or a config is found before th
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .clip import ImageEncoder
 from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, shown
@@ -180,7 +180,7 @@ class Checkpoint:
         layout, config = self.layout, self.configs[part]
         fold = isinstance(module, SpatioTemporalUNet) and config.vcut is False and module.config.vcut is not False
         plan = {name: sources(name, *rules(part, layout, config, fold)) for name in module.state_dict()}
-        whole = self.build(part)
+        whole = module if module.config == config else self.build(part)
         used = {source for name in whole.state_dict() for source in sources(name, *rules(part, layout, config))[0]}
 
         known = [DROPPED[self.layout]]
@@ -228,10 +228,16 @@ def finite(x: Tensor) -> bool:
     return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
+class Uninitialised(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would do: numbers that nobody reads, and a warning of those that are none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
 def on_meta(kind: type[nn.Module], config: Any) -> Any:
-    """A module without data. torch warns of a linear map of nothing, which is what a folded constant key leaves."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+    """A module without data."""
+    with torch.device("meta"), Uninitialised():
         return kind(config)
 
 
