@@ -263,6 +263,26 @@ def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, modules: d
     load(folder).save(tmp_path / "out", torch.bfloat16)
 
 
+@pytest.mark.posix
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_folder(
+    tmp_path: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2, nothing there, and the next try, with room, writes the folder."""
+    import resource  # there is none on Windows
+
+    argv = [str(small_folder), str(tmp_path / "out")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        assert convert(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "convert: error: cannot write" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert convert(argv) == 0
+    assert load(tmp_path / "out").unet.config == SMALL["unet"]
+
+
 def test_no_finite_number_is_taken_for_infinite() -> None:
     """`finite` says what `isfinite` says, at the ends of every dtype and of nothing."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
