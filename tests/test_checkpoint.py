@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_files import LAYOUTS, SMALL, published, small_modules, stated_config, write_folder, write_single_file
 from minisvd import load
-from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, read_header, resolve
+from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, locate, read_header, resolve
 from minisvd.cli import main
 from minisvd.config import XT, GenerationConfig, UNetConfig
 from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PARTS, PREPROCESSOR_FILE, STEMS
@@ -261,6 +261,17 @@ def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, modules: d
         assert not (tmp_path / "out").exists()
     assert load(folder, dtype="bfloat16").unet.conv_in.weight.dtype == torch.bfloat16
     load(folder).save(tmp_path / "out", torch.bfloat16)
+
+
+def test_a_folder_does_not_take_a_preset_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tiny` and `svd` mean what they mean everywhere, whatever lies here; ./tiny and a Path are the folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "svd"):
+        (tmp_path / name).mkdir()
+        assert locate(f"./{name}") == locate(Path(name)) == Path(name)
+    assert locate("tiny") not in (Path("tiny"), None)
+    assert locate("svd") is None
+    assert main(["account", "--model", "svd", "--json"]) == 0
 
 
 @pytest.mark.posix
