@@ -257,11 +257,11 @@ def resolve(
 ) -> Checkpoint:
     """Find the weights of `parts`, download them if need be, and check their headers and configs.
 
-    `source` is, tried in this order: a folder or a .safetensors file that exists; a preset ("tiny", "svd", "svd-xt",
-    "svd-xt-1-1"); a hub id "owner/name". `configs` replaces what a part's config.json says, or for a single file,
-    which has none, the released sizes. `variant` is the middle of a file name, as in model.fp16.safetensors; None
-    means the plain files, or the fp16 ones where there are no plain ones. `revision` is a branch, tag or commit of a
-    hub id. `offline` (or HF_HUB_OFFLINE=1) looks no further than the local cache.
+    `source` is, tried in this order: a preset ("tiny", "svd", "svd-xt", "svd-xt-1-1"; a folder of that name is ./tiny);
+    a folder or a .safetensors file that exists; a hub id "owner/name". `configs` replaces what a part's config.json
+    says, or for a single file, which has none, the released sizes. `variant` is the middle of a file name, as in
+    model.fp16.safetensors; None means the plain files, or the fp16 ones where there are no plain ones. `revision` is a
+    branch, tag or commit of a hub id. `offline` (or HF_HUB_OFFLINE=1) looks no further than the local cache.
 
     The generation settings are the preset's; for other folders those of svd-xt if the UNet has 25 frames, else of svd
     with the UNet's number. Fields of a generation_config.json in the folder win. A single file states nothing: svd-xt's
@@ -304,9 +304,10 @@ def locate(source: str | Path) -> Path | None:
     if not isinstance(source, str | PathLike) or not str(source):
         raise ValueError(f"the model is {shown(source)}; need a name, a path or a hub id")
     name, path = str(source), Path(os.path.expanduser(source))
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for
-        raise ValueError(f"{path} is neither a file nor a folder: check the path")
-    if path.exists():
+    preset = isinstance(source, str) and name in ("tiny", *PRESETS)
+    if path.exists() and not preset:
+        if not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for
+            raise ValueError(f"{path} is neither a file nor a folder: check the path")
         return path
     if name == "tiny":
         package = Path(__file__).parent

@@ -15,13 +15,14 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .config import CHOICES, DTYPES, SETTINGS, VCUT, Fit, Stage2, check
+from .config import CHOICES, DTYPES, SETTINGS, VCUT, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def warn(message: Warning | str, *_: Any) -> None:
         if str(message) not in warned:
-            print(f"minisvd: warning: {message}", file=sys.stderr)
+            tell(f"minisvd: warning: {message}")
         warned.add(str(message))
 
     with warnings.catch_warnings():
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return args.run(args) or 0
         except KeyboardInterrupt:
-            print("minisvd: interrupted", file=sys.stderr)
+            tell("minisvd: interrupted")
             return 130
         except MemoryError:
             return complain(OUT_OF_MEMORY)
@@ -58,13 +59,21 @@ def main(argv: list[str] | None = None) -> int:
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise
             return complain(OUT_OF_MEMORY)
+        except BrokenPipeError:  # whoever read stdout has gone
+            raise
         except (OSError, ValueError) as error:
             return complain(str(error))
 
 
+def tell(line: str) -> None:
+    """Say it on stderr, where the disk that keeps it may be full: no run ends for that."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
 def complain(sentence: str) -> int:
     """Say what is wrong, in one line, and return the exit status of a user's error."""
-    print(f"minisvd: error: {' '.join(sentence.split())}", file=sys.stderr)
+    tell(f"minisvd: error: {' '.join(sentence.split())}")
     return 2
 
 
@@ -89,7 +98,7 @@ def generate(args: argparse.Namespace) -> None:
     for image in dict.fromkeys(job.image for job in jobs):
         open_image(image)
     if skipped:
-        print(f"minisvd: skipped {len(skipped)} of {len(jobs + skipped)} videos, which exist", file=sys.stderr)
+        tell(f"minisvd: skipped {len(skipped)} of {len(jobs + skipped)} videos, which exist")
     report: dict[str, Any] = {"videos": [], "skipped": [str(job.path) for job in skipped], "model": args.model}
     if jobs:
         svd = load(args)
@@ -141,7 +150,7 @@ def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job], size: tuple[int, 
     if strange:
         more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
         about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
-        print(f"minisvd: {strange[0]}{more} {about}; for photos: --model svd-xt, the official weights", file=sys.stderr)
+        tell(f"minisvd: {strange[0]}{more} {about}; for photos: --model svd-xt, the official weights")
 
 
 def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
@@ -353,7 +362,7 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--skip-existing", action="store_true", help="make only what is not there yet, to go on after an interruption")
     add("--frames", dest="num_frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
-    add("--fit", choices=get_args(Fit), default="crop", help="how an image of another shape gets there")
+    add("--fit", choices=CHOICES["fit"], default="crop", help="how an image of another shape gets there")
     add("--fps", type=int, default=7, metavar="N", help="frames per second, also told to the model (default: 7)")
     motion = "0 (still) to 255 (fast) (default: 127)"
     add("--motion-bucket", type=int, default=127, metavar="N", help=motion)
@@ -364,12 +373,8 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help=guidance)
     cut_step = "guide only the steps before C, the first being 1 (default: guide all)"
     add("--cut-step", type=int, metavar="C", help=cut_step)
-    add(
-        "--stage2",
-        choices=get_args(Stage2),
-        default="mean",
-        help="what the image says in the branch from C on (default: mean)",
-    )
+    stage2 = "what the image says in the branch from C on (default: mean)"
+    add("--stage2", choices=CHOICES["stage2"], default="mean", help=stage2)
     add_seed = command.add_mutually_exclusive_group().add_argument  # None, as a default that is given is not noticed
     add_seed("--seed", type=parse_seed, metavar="N", help="the same seed gives the same video (default: 0)")
     add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")

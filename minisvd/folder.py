@@ -176,7 +176,7 @@ def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any],
     A preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
     which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
     """
-    if source in PRESETS and not Path(source).exists():
+    if source in PRESETS:
         return {"unet": UNetConfig(), "vae": VAEConfig()}, PRESETS[source].generation
     from .checkpoint import download, locate, resolve  # and with it torch, which a preset does not need
 

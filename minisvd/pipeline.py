@@ -144,7 +144,8 @@ class StableVideoDiffusion:
         """A video of `num_frames` frames that starts from the image.
 
         image          PIL image, path, array, or float tensor [3,H,W] in [-1,1]: one Video.
-                       Tensor [b,3,H,W]: a list of b, sampled as one batch. List: a list, sampled one after another.
+                       Tensor [b,3,H,W]: a list of b, sampled as one batch, which are what each is alone to rounding.
+                       List: a list, sampled one after another, which are so in every bit.
         fps            frames a second of the result; the model is told fps - 1
         motion_bucket  0 (still) to 255 (fast)
         noise_aug      standard deviation of the noise added to the image in [-1,1] before the VAE; CLIP sees it clean

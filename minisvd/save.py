@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,7 +87,10 @@ def write_tensors(stem: Path, state: dict[str, Tensor], dtype: torch.dtype | Non
         if not finite(tensor):
             why = BROKEN if tensor.dtype == state[name].dtype else f"does not fit in {dtype}: take float32 or bfloat16"
             raise ValueError(f"{stem}: {name} {why}")
-    save_file(tensors, f"{stem}.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, f"{stem}.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"cannot write {stem}.safetensors ({error}): make room, or choose another place") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

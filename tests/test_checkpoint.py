@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_files import LAYOUTS, SMALL, published, small_modules, stated_config, write_folder, write_single_file
 from minisvd import load
-from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, read_header, resolve
+from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, locate, read_header, resolve
 from minisvd.cli import main
 from minisvd.config import XT, GenerationConfig, UNetConfig
 from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PARTS, PREPROCESSOR_FILE, STEMS
@@ -320,6 +320,37 @@ def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, modules: d
         assert not (tmp_path / "out").exists()
     assert load(folder, dtype="bfloat16").unet.conv_in.weight.dtype == torch.bfloat16
     load(folder).save(tmp_path / "out", torch.bfloat16)
+
+
+def test_a_folder_does_not_take_a_preset_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tiny` and `svd` mean what they mean everywhere, whatever lies here; ./tiny and a Path are the folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "svd"):
+        (tmp_path / name).mkdir()
+        assert locate(f"./{name}") == locate(Path(name)) == Path(name)
+    assert locate("tiny") not in (Path("tiny"), None)
+    assert locate("svd") is None
+    assert main(["account", "--model", "svd", "--json"]) == 0
+
+
+@pytest.mark.posix
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_folder(
+    tmp_path: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2, nothing there, and the next try, with room, writes the folder."""
+    import resource  # there is none on Windows
+
+    argv = [str(small_folder), str(tmp_path / "out")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        assert convert(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "convert: error: cannot write" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert convert(argv) == 0
+    assert load(tmp_path / "out").unet.config == SMALL["unet"]
 
 
 def test_no_finite_number_is_taken_for_infinite() -> None:

@@ -320,6 +320,65 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == (f"minisvd {minisvd.__version__}\n", "")
 
 
+def run(argv: list[Any], **options: Any) -> subprocess.CompletedProcess:
+    """`python -m minisvd` as a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1])} | options.pop("env", {})
+    return subprocess.run([sys.executable, "-m", "minisvd", *argv], env=environment, timeout=200, **options)
+
+
+@pytest.mark.posix
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", ["closed", "/dev/full"])
+def test_a_stderr_that_takes_nothing_ends_no_run(tiny_folder: Path, photo: Path, stderr: str) -> None:
+    """With a warning to say, the video is made all the same, and its name alone is on stdout."""
+    argv = ["generate", photo.name, "-o", "clip.mp4", "--model", tiny_folder, *FAST, "--motion-bucket", "300"]
+    if stderr == "closed":
+        done = run(argv, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
+    else:
+        with open(stderr, "w") as full:
+            done = run(argv, stdout=subprocess.PIPE, stderr=full)
+    assert (done.returncode, done.stdout) == (0, b"clip.mp4\n")
+    assert Path("clip.mp4").stat().st_size > 500
+
+
+@pytest.mark.posix
+@pytest.mark.slow
+def test_a_name_that_the_terminal_cannot_spell_is_escaped(tiny_folder: Path, photo: Path) -> None:
+    """The video has the name, and stdout, which is ASCII, an escape of it: status 0."""
+    argv = ["generate", photo.name, "-o", "\u0416\udcff.gif", "--model", tiny_folder, *FAST]
+    done = run(argv, capture_output=True, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u0416\\udcff.gif\n", b"")
+    assert Path("\u0416\udcff.gif").is_file()
+
+
+@pytest.mark.posix
+def test_a_reader_that_goes_is_no_mistake() -> None:
+    """As in `minisvd account --tree | head -1`: status 141, which is that of others in a pipe, and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(["account", "--tree"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_ctrl_c_while_the_program_is_still_being_imported_is_one_line() -> None:
+    """Status 130, as later. Control: an import that is not interrupted."""
+    code = """import sys, minisvd.__main__
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder)
+sys.argv = ["minisvd", "account"]
+sys.exit(minisvd.__main__.main())"""
+    environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1])}
+    for name, ends in (("minisvd.cli", (130, "minisvd: interrupted\n")), ("none", (0, ""))):
+        argv = [sys.executable, "-c", code.format(name=name)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == ends
+
+
 @pytest.mark.posix
 @pytest.mark.slow
 def test_a_real_ctrl_c_while_sampling_ends_with_130(tiny_folder: Path, photo: Path) -> None:

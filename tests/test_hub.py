@@ -51,7 +51,8 @@ class Hub(BaseHTTPRequestHandler):
         parts = self.path.split("?")[0].strip("/").split("/")
         api = parts[0] == "api"
         if parts[-1].startswith("hangs") or (api and "hangs" in parts):
-            return self.hang.wait(60)
+            self.hang.wait(60)
+            return None
         owner, name, verb, revision, *rest = [*(parts[2:] if api else parts), "", "", "", ""]
         folder, file = self.folder / owner / name, "/".join(filter(None, rest))
         if owner == "status":

@@ -228,6 +228,16 @@ def test_errors_are_one_sentence_with_the_remedy(bench, tmp_path, monkeypatch, c
         study.check_work(tmp_path, replace(bench.plan, seed=1), "weights")
     with pytest.raises(ValueError, match="was begun with weights weights, not others"):
         study.check_work(tmp_path, bench.plan, "others")
+    (tmp_path / "plan.json").write_text('{"another program": 1}')
+    with pytest.raises(ValueError, match="was begun with another program 1, not None"):
+        study.check_work(tmp_path, bench.plan, "weights")
+    for name, read in (
+        ("plan.json", lambda: study.check_work(tmp_path, bench.plan, "weights")),
+        ("timing.json", lambda: study.timings(bench, tmp_path, [BASELINE], 1)),
+    ):
+        (tmp_path / name).write_text('{"half')
+        with pytest.raises(SystemExit, match=rf"study: .*{name} is broken .*: delete it, and it is made again"):
+            read()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'minisvd\[study\]'"):
         plotting()

@@ -208,3 +208,32 @@ def test_what_is_frozen_or_unused_stays_as_it_is():
     for name, parameter in vae.named_parameters():
         spatial = not any(part in name for part in stay)
         assert torch.equal(parameter, before[name]) != spatial, name  # control: the spatial decoder moves
+
+
+def test_a_run_that_cannot_be_meant_is_refused_before_it_trains(tmp_path, monkeypatch, capsys):
+    """No process; the end of what was not begun; another seed in a work folder, whose weights are the first seed's.
+    Controls: the same seed goes on, and another folder takes another."""
+    begun = []
+    monkeypatch.setattr(recipe.multiprocessing, "spawn", lambda _, args, nprocs: begun.append((args[0].seed, nprocs)))
+    work, other = ["--work", str(tmp_path / "work")], ["--work", str(tmp_path / "other")]
+    recipe.main([*work, "--seed", "3", "--processes", "2"])
+    recipe.main([*work, "--seed", "3", "--processes", "1"])
+    recipe.main([*other, "--seed", "4", "--processes", "1"])
+    assert begun == [(3, 2), (3, 1), (4, 1)]
+    for argv, sentence in (
+        ([*work, "--seed", "4"], "was begun with --seed 3: give that, or another --work"),
+        ([*work, "--seed", "3", "--processes", "0"], "--processes is 0; need at least 1"),
+        (["--work", str(tmp_path / "none"), "--finish"], "--finish has nothing to finish"),
+    ):
+        with pytest.raises(SystemExit):
+            recipe.main(argv)
+        assert sentence in " ".join(capsys.readouterr().err.split())
+    assert len(begun) == 3
+    assert not (tmp_path / "none").exists()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.multiprocessing, "spawn", interrupted)
+    with pytest.raises(SystemExit, match="interrupted: run it again to go on"):
+        recipe.main([*work, "--seed", "3"])

@@ -353,10 +353,17 @@ def time_arms(bench: Bench, arms: list[Arm], rounds: int) -> dict[str, list[floa
     return found
 
 
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise SystemExit(f"study: {file} is broken ({error}): delete it, and it is made again") from error
+
+
 def timings(bench: Bench, work: Path, arms: list[Arm], rounds: int) -> dict[str, list[float]]:
     """As `time_arms`, from the work folder where it has them."""
     file = work / "timing.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
     if any(len(found.get(arm.name, [])) != rounds for arm in arms):
         found = time_arms(bench, arms, rounds)
         write_json(file, found)
@@ -404,9 +411,9 @@ def check_work(work: Path, plan: Plan, weights: str) -> None:
     file, mine = work / "plan.json", asdict(plan) | {"cuts": list(plan.cuts), "weights": weights}
     if not file.exists():
         write_json(file, mine)
-    for name, value in json.loads(file.read_text()).items():
-        if value != mine[name]:
-            raise ValueError(f"{work} was begun with {name} {value}, not {mine[name]}; give --work another folder")
+    for name, value in read_json(file).items():
+        if value != mine.get(name):
+            raise ValueError(f"{work} was begun with {name} {value}, not {mine.get(name)}; give --work another folder")
 
 
 def arguments() -> argparse.Namespace:
@@ -446,7 +453,7 @@ def main() -> None:
     batches = [range(i, min(i + BATCH, args.scenes)) for i in range(0, args.scenes, BATCH)]
     run_all(bench, args.work, args.families, batches, args.processes)
     files = [rows_file(args.work, family, numbers) for family in args.families for numbers in batches]
-    rows = [row for file in files for row in json.loads(file.read_text())]
+    rows = [row for file in files for row in read_json(file)]
     timed = [arm for family in args.families if family != "panels" for arm in bench.plan.families()[family]]
     seconds = timings(bench, args.work, timed, args.timing_rounds) if args.timing_rounds else {}
     heading = {
@@ -470,4 +477,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("study: interrupted: run it again to go on")

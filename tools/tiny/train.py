@@ -10,6 +10,7 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 import argparse
 import os
 import shutil
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -466,7 +467,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         run.log(f"200 unseen scenes\n\n{table(figures)}\n")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = min(os.cpu_count() or 1, 2) if device == "cpu" else 1
     parser = argparse.ArgumentParser(description="Train the tiny model.")
@@ -476,11 +477,22 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=cores, help="share each batch among so many processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--finish", action="store_true", help="train no more: measure and write what there is")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.processes = 1 if args.finish else args.processes
+    if args.processes < 1:
+        parser.error(f"--processes is {args.processes}; need at least 1")
+    if args.finish and not any(args.work.glob("*.pt")):
+        parser.error(f"--finish has nothing to finish: {args.work} holds no checkpoint")
     args.work.mkdir(parents=True, exist_ok=True)
+    seed = args.work / "seed"
+    if seed.exists() and seed.read_text() != f"{args.seed}\n":
+        parser.error(f"{args.work} was begun with --seed {seed.read_text().strip()}: give that, or another --work")
+    seed.write_text(f"{args.seed}\n")
     (args.work / "rendezvous").unlink(missing_ok=True)
-    multiprocessing.spawn(train, (args,), nprocs=args.processes)
+    try:
+        multiprocessing.spawn(train, (args,), nprocs=args.processes)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: run it again to go on")
 
 
 if __name__ == "__main__":
