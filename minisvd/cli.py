@@ -92,7 +92,7 @@ def generate(args: argparse.Namespace) -> None:
     default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
     folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
     jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {name: getattr(args, name) for name in (*SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
+    settings = {name: getattr(args, name) for name in ("sigmas", *SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
     check_settings(**settings)
     check_zoom(args.zoom, args.size or (1, 1))
     for image in dict.fromkeys(job.image for job in jobs):
@@ -123,7 +123,8 @@ def make(
     """
     from tqdm import tqdm
 
-    made, single, steps = [], len(jobs) == 1, settings["steps"] or svd.generation.steps
+    made, single = [], len(jobs) == 1
+    steps = len(settings["sigmas"][1:] if settings["sigmas"] else range(settings["steps"] or svd.generation.steps))
     shown = say and sys.stderr.isatty()
     with tqdm(total=len(jobs), desc="videos", unit="video", disable=single or not shown) as bar:
         for job in jobs:
@@ -364,17 +365,17 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--fit", choices=CHOICES["fit"], default="crop", help="how an image of another shape gets there")
     add("--fps", type=int, default=7, metavar="N", help="frames per second, also told to the model (default: 7)")
-    motion = "0 (still) to 255 (fast) (default: 127)"
-    add("--motion-bucket", type=int, default=127, metavar="N", help=motion)
-    noise_aug = "noise added to the image, which frees the motion from it (default: 0.02)"
-    add("--noise-aug", type=float, default=0.02, metavar="X", help=noise_aug)
+    add("--motion-bucket", type=int, default=127, metavar="N", help="0 (still) to 255 (fast) (default: 127)")
+    add("--noise-aug", type=float, default=0.02, metavar="X", help="noise put on the image (default: 0.02)")
     add("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
+    add("--schedule", choices=CHOICES["schedule"], default="karras", help="of noise levels; ays is made for --steps 10")
+    add("--sigmas", type=float, nargs="+", metavar="S", help="the noise levels themselves, falling to 0")
     guidance = "scale at the first and the last frame; 1 1 is none (default: the model's)"
     add("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help=guidance)
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at LOW < sigma <= HIGH")
     cut_step = "guide only the steps before C, the first being 1 (default: guide all)"
     add("--cut-step", type=int, metavar="C", help=cut_step)
-    stage2 = "what the image says in the branch from C on (default: mean)"
-    add("--stage2", choices=CHOICES["stage2"], default="mean", help=stage2)
+    add("--stage2", choices=CHOICES["stage2"], default="mean", help="what the image says from C on (default: mean)")
     add_seed = command.add_mutually_exclusive_group().add_argument  # None, as a default that is given is not noticed
     add_seed("--seed", type=parse_seed, metavar="N", help="the same seed gives the same video (default: 0)")
     add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")
