@@ -338,7 +338,7 @@ def parser() -> Parser:
     placed = Parser(add_help=False)
     group = placed.add_argument_group("placement")
     group.add_argument("--device", metavar="D", help="such as cuda, cuda:1, mps or cpu (default: the first there is)")
-    group.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
+    group.add_argument("--dtype", choices=(*DTYPES, "auto"), help="auto: half where it is fast (default: on cuda)")
     vcut = "cross-attentions as released (off), folded (lossless), folded and those along time omitted (on)"
     group.add_argument("--vcut", choices=VCUT, help=f"{vcut} (default: as the model was saved)")
 

@@ -346,13 +346,15 @@ def load(
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
+    `dtype` "auto" is the fast half precision of the device, if it has one (`checkpoint.checked_dtype`).
     `vcut` is the UNet's build (see `SpatioTemporalUNet`): False as released, "lossless" the same function with each
     cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
     files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before. Weights that
     need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
-    dtype, device = checked_dtype(dtype), checked_device(device)  # before anything is downloaded
+    device = checked_device(device)  # before anything is downloaded
+    dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -17,7 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_files import LAYOUTS, SMALL, published, small_modules, stated_config, write_folder, write_single_file
 from minisvd import load
-from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, locate, read_header, resolve
+from minisvd.checkpoint import (
+    MODULES,
+    RELEASED,
+    Checkpoint,
+    Entry,
+    checked_dtype,
+    finite,
+    load_unet,
+    locate,
+    read_header,
+    resolve,
+)
 from minisvd.cli import main
 from minisvd.config import XT, GenerationConfig, UNetConfig
 from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PARTS, PREPROCESSOR_FILE, STEMS
@@ -275,6 +286,21 @@ def test_peak_memory_is_at_most_a_tenth_above_the_weights_and_one_tensor(tmp_pat
     for loader, variant, dtype, peak, weights in rows:
         print(f"{loader} {variant} -> {dtype}: peak {peak / weights:.3f} of {weights / 2**20:.0f} MiB")
         assert (peak <= 1.1 * weights + one_tensor) == (loader == "load_unet")
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bf16", "amx"), [(True, False), (False, True), (False, False)])
+def test_auto_is_the_half_precision_that_the_hardware_multiplies(
+    bf16: bool, amx: bool, tmp_path: Path, modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    expected = torch.bfloat16 if bf16 or amx else torch.float32
+    assert load_unet(write_folder(tmp_path, modules), dtype="auto").conv_in.weight.dtype == expected
+    assert checked_dtype("auto", torch.device("cuda")) == torch.float16
+    assert checked_dtype("auto", torch.device("mps")) == torch.float32
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------
