@@ -57,7 +57,7 @@ class ModelReport:
             f"{len(held)} of {len(self.sites)} sites are trivial",
             shorten(f"dead in them: {', '.join(names) or 'nothing'}", 78, placeholder=" ..."),
             f"that is {dead:,} of {self.parameters:,} parameters ({dead / self.parameters:.1%})",
-            f"a fold to W c + b saves {saved:,} of them and {macs:,} of {of:,} MACs here",
+            f"a fold to W c + b saves {saved:,} of them and {macs:,} of {of:,} MACs of this run",
             f"{'site':<38} keys verdict       query  +1 key     dead",
         ]
         for site in self.sites:
@@ -165,7 +165,8 @@ class Call:
             whole = branch = partial(attend, i)
             label = name
             if len(contexts) > 1:
-                branch, label = partial(summand, i), name + self.paths[self.places[i + 1][0]].partition("]")[2]
+                path = self.paths[self.places[i + 1][0]]  # ['encoder_hidden_states'][1][0], or ['key']
+                branch, label = partial(summand, i), name + (path.partition("]")[2] or path)
             try:
                 report = measured(label, branch, whole, x, context, module, control)
             except ValueError:

@@ -3,6 +3,7 @@
     print(check(attend, x, context))     x [(b r), s, c] query tokens, context [b, k, c'] keys, as attend takes them
 
     check(lambda x, context: attn(x, encoder_hidden_states=context), x, context, attn)       an Attention of diffusers
+    linear = folded(attend, x, context)  a trivial one as what it is, W c + b; minisvd.fold does so for a UNet of ours
 
 A softmax over one key is 1, so attention over one key is an affine map of that key, whatever the query: to_q and to_k
 have neither effect nor gradient. Each of these consequences is measured, and again with a key more, the control, where

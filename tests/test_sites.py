@@ -215,6 +215,18 @@ def test_torchs_attention_is_found_in_a_decoder(batch_first, packed):
     assert (site.verdict, site.keys) == ("not trivial", 3)
 
 
+def test_keys_apart_from_values_are_two_contexts():
+    """As where a position is added to the keys alone. Attention is linear in the values, however many there are; but
+    it moves with the query."""
+    attention = randomised(nn.MultiheadAttention(C, HEADS, batch_first=True))
+    memory = noise(2, 3, C)
+    report = check_model(attention, noise(2, 5, C), memory + 1, memory)
+    assert [site.name for site in report.sites] == ["['key']", "['value']"]
+    assert verdicts(report) == {"not trivial"}
+    assert all(site.control is None for site in report.sites)  # one cannot be longer than the other
+    assert report.sites[1].affinity <= report.sites[1].tolerance < report.sites[0].affinity
+
+
 def test_attention_of_transformers_is_found():
     """A decoder of Bart over one token of its encoder and over three, though it would keep the first call's keys."""
     from transformers import BartConfig, BartModel
