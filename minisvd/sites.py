@@ -29,7 +29,7 @@ from .attention import Attention
 from .checkpoint import load_unet
 from .triviality import Redraw, Report, html, largest, linear_map, measured, ratio
 
-QUERY = re.compile(r"(to_|lin_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
+QUERY = re.compile(r"(to_|lin_|proj_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
 ASIDE = re.compile(r"mask|bias|pos|rotary|freq|temb")  # arguments of an attention that are neither tokens nor keys
 OURS = "UNetSpatioTemporalConditionModel"
 

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 from torch import Tensor, nn
 
-from conftest import UNET, randomised
+from conftest import UNET, randomised, relative_error
 from minisvd import check, check_model
 from minisvd.attention import Attention
 from minisvd.cli import main
@@ -83,6 +83,33 @@ def test_one_token_of_zero123_and_of_image_variations_is_trivial():
     assert {site.keys for site in text.sites} == {77}
 
 
+@torch.no_grad()
+def test_anyones_unet_can_be_folded():
+    """With a linear map, as `folded` finds it, in the place of each attention: the same output, and as many parameters
+    less as the report says. Over another number of keys it would not be the same."""
+
+    class Stand(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+            return self.linear(encoder_hidden_states).mean(dim=1, keepdim=True).expand(-1, x.shape[1], -1)
+
+    unet = image_unet()
+    given = [(noise(2, 4, 16, 16), torch.tensor(1), noise(2, keys, C_CONTEXT)) for keys in (1, 2)]
+    before, other = (unet(*each).sample for each in given)
+    size, report = sum(p.numel() for p in unet.parameters()), check_model(unet)
+    for site in report.sites:
+        attention: Any = unet.get_submodule(site.name)
+        x, key = noise(1, 1, attention.to_q.in_features), noise(1, 1, C_CONTEXT)
+        linear = folded(lambda x, c, attention=attention: attention(x, encoder_hidden_states=c), x, key)
+        unet.set_submodule(site.name, Stand(linear))
+    assert relative_error(unet(*given[0]).sample, before) < 1e-5
+    assert relative_error(unet(*given[1]).sample, other) > 1e-4  # control
+    assert size - sum(p.numel() for p in unet.parameters()) == sum(site.saves[0] for site in report.sites) > 0
+
+
 def test_the_branch_of_a_global_embedding_is_trivial_and_that_of_the_text_is_not():
     """IP-Adapter: each cross-attention has a summand for the text and one for the image, with keys of its own. One
     token makes the image's trivial, its to_k_ip dead; four, of the same embedding, do not."""
@@ -111,6 +138,7 @@ def test_the_branch_of_a_global_embedding_is_trivial_and_that_of_the_text_is_not
     text, image = branches(tokens=1)
     assert [(site.verdict, site.keys) for site in text] == [("not trivial", 7)] * 4
     assert [(site.verdict, site.keys) for site in image] == [("trivial", 1)] * 4
+    assert all(site.control for site in (*text, *image))
     assert {tuple(site.dead) for site in text} == {()}
     assert {tuple(site.dead) for site in image} == {("processor.to_k_ip.0.weight",)}
     _, image = branches(tokens=4)  # control

@@ -4,6 +4,7 @@ Ours and diffusers' over one key are; over two keys, under a gate of the query, 
 two keys, they are not. `minisvd verify` says so of every site of a model.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,11 @@ def test_tensors_of_a_run_under_inference_mode_are_taken():
     with torch.inference_mode():
         x, context = (t + 0 for t in inputs())
         inside = check(attention, x, context)
+        loaded = copy.deepcopy(attention)
     assert x.is_inference()
     assert check(attention, x, context) == inside == check(attention, *inputs())
+    assert next(loaded.parameters()).is_inference()
+    assert check_model(loaded, x, context).holds
 
 
 def test_a_module_that_insists_on_one_key_is_checked_without_control():
