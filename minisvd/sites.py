@@ -30,7 +30,9 @@ from .checkpoint import load_unet
 from .triviality import Redraw, Report, html, largest, linear_map, measured, ratio
 
 QUERY = re.compile(r"(to_|lin_|proj_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
-ASIDE = re.compile(r"mask|bias|pos|rotary|freq|temb")  # arguments of an attention that are neither tokens nor keys
+ASIDE = re.compile(
+    r"mask|bias|pos(_|ition)|rotary|freq|temb"
+)  # arguments of an attention that are neither tokens nor keys
 OURS = "UNetSpatioTemporalConditionModel"
 
 
@@ -216,19 +218,20 @@ def load_any(source: str, **options: Any) -> tuple[Any, int]:
     """
     folder = Path(source).expanduser()
     inside = folder / "unet" if (folder / "unet/config.json").is_file() else folder
-    kind = OURS
-    if (inside / "config.json").is_file():
-        kind = json.loads((inside / "config.json").read_text(encoding="utf-8")).get("_class_name", OURS)
+    stated = inside / "config.json"
+    text = stated.read_text(encoding="utf-8", errors="replace") if stated.is_file() else ""
+    kind = "".join(re.findall(r'"_class_name": *"(\w+)"', text)[:1]) or OURS  # what is no JSON, load_unet refuses
     if kind == OURS:
         return load_unet(source, **options), 1
     try:
         import diffusers
 
-        unet = getattr(diffusers, kind).from_pretrained(inside, variant=options["variant"], use_safetensors=True)
+        unet = getattr(diffusers, kind).from_pretrained(inside, variant=options.get("variant"), use_safetensors=True)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{inside} holds a {kind}, which is read by diffusers: pip install diffusers") from error
-    text = folder / "text_encoder/config.json"
-    return unet, json.loads(text.read_text(encoding="utf-8"))["max_position_embeddings"] if text.is_file() else 1
+    encoder = folder / "text_encoder/config.json"
+    keys = json.loads(encoder.read_text(encoding="utf-8")) if encoder.is_file() else {}
+    return unet, keys.get("max_position_embeddings", 1)
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------

@@ -378,6 +378,9 @@ def test_verify_says_what_it_lacks(image_folder: Path, capsys: pytest.CaptureFix
     assert main(["verify", "--model", str(image_folder)]) == 2
     said = capsys.readouterr().err
     assert "holds a UNetOfNobody, which is read by diffusers: pip install diffusers" in said
+    config.write_text("{")
+    assert main(["verify", "--model", str(image_folder)]) == 2
+    assert "unet/config.json is" in capsys.readouterr().err
 
 
 @pytest.mark.slow
