@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 from torch import Tensor, nn
 
@@ -309,6 +309,10 @@ def test_a_model_that_cannot_be_run_by_itself_asks_for_inputs():
         ValueError, match=r"what a Linear is called with is not known: give it, check_model\(model, \*i"
     ):
         check_model(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"UNet2DConditionModel does not run on noise \(.*class_labels.*\): give its inp"
+    ):
+        check_model(image_unet(class_embed_type="timestep"))
     assert not check_model(nn.Linear(2, 2), noise(1, 2)).sites
     assert "no cross-attention was met" in str(check_model(nn.Linear(2, 2), noise(1, 2)))
 
@@ -325,14 +329,19 @@ def test_a_run_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in unet.modules())
 
 
-@pytest.mark.parametrize("kind", ["3d", "sdxl"])
+@pytest.mark.parametrize("kind", ["3d", "motion", "sdxl"])
 def test_other_unets_of_diffusers_run_on_noise(kind):
-    """A video UNet with text along time, and one with the sizes that SDXL is told; each with the keys asked for."""
+    """Two for video, and one with the sizes that SDXL is told; each with the keys that are asked for."""
     torch.manual_seed(0)
     if kind == "3d":
         changes = {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D")}
         changes["up_block_types"] = ("UpBlock3D", "CrossAttnUpBlock3D")
         unet = randomised(UNet3DConditionModel(**{**IMAGE, **changes, "attention_head_dim": 8}))
+    elif kind == "motion":
+        changes = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion")}
+        changes["up_block_types"] = ("UpBlockMotion", "CrossAttnUpBlockMotion")
+        sizes = {name: size for name, size in IMAGE.items() if name != "attention_head_dim"}
+        unet = randomised(UNetMotionModel(**{**sizes, **changes, "num_attention_heads": 4}))
     else:
         size = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 20}
         unet = image_unet(addition_embed_type="text_time", **size)
@@ -370,6 +379,8 @@ def test_verify_takes_a_folder_of_another_architecture(image_folder: Path, capsy
     assert report["hold"] == 0
     assert [(site["keys"], site["finding"][0]) for site in report["sites"]] == [(77, "not trivial")] * 4
     assert main([*argv, "--keys", "1"]) == 0
+    assert main([*argv, "--keys", "0"]) == 2
+    assert "keys is 0; need at least 1" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_lacks(image_folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -383,10 +383,11 @@ def test_verify_checks_every_site(tiny_folder: Path, capsys: pytest.CaptureFixtu
     assert holding == "22 of 22 sites are trivial"
     assert dead == "dead in them: to_k, to_q"
     assert share.startswith("that is 111,616 of ")
-    assert saved.startswith("a fold to W c + b saves 171,008 of them and ")
+    assert saved.startswith("a fold saves 171,008 of them and ")
     assert head.split()[:4] == ["site", "keys", "verdict", "query"]
     assert len(rows) == 22
     assert len({row.split()[0] for row in rows}) == 22
+    assert [row.split()[0] for row in rows[:2]] == ["down.0.attentions.0.0", "down.0.attentions.0.temporal.0"]
     assert all(row.split()[1:3] == ["1", "trivial"] for row in rows)
 
 
