@@ -187,7 +187,8 @@ def verify(args: argparse.Namespace) -> int:
 
     unet, keys = load_any(args.model, variant=args.variant, revision=args.revision, offline=args.offline, copy=True)
     vcut = getattr(unet.config, "vcut", False)
-    found = check_model(unet, keys=args.keys or keys, progress=not args.json) if vcut is False else None
+    keys = keys if args.keys is None else args.keys
+    found = check_model(unet, keys=keys, progress=not args.json) if vcut is False else None
     if args.json:
         sites = [
             asdict(site) | {"finding": site.finding, "holds": site.holds} for site in (found and found.sites) or ()

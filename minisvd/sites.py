@@ -29,8 +29,10 @@ from .attention import Attention
 from .checkpoint import load_unet
 from .triviality import Redraw, Report, html, largest, linear_map, measured, ratio
 
-QUERY = re.compile(r"(to_|lin_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
-ASIDE = re.compile(r"mask|bias|pos|rotary|freq|temb")  # arguments of an attention that are neither tokens nor keys
+QUERY = re.compile(r"(to_|lin_|proj_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
+ASIDE = re.compile(
+    r"mask|bias|pos(_|ition)|rotary|freq|temb"
+)  # arguments of an attention that are neither tokens nor keys
 OURS = "UNetSpatioTemporalConditionModel"
 
 
@@ -57,11 +59,12 @@ class ModelReport:
             f"{len(held)} of {len(self.sites)} sites are trivial",
             shorten(f"dead in them: {', '.join(names) or 'nothing'}", 78, placeholder=" ..."),
             f"that is {dead:,} of {self.parameters:,} parameters ({dead / self.parameters:.1%})",
-            f"a fold to W c + b saves {saved:,} of them and {macs:,} of {of:,} MACs of this run",
+            f"a fold saves {saved:,} of them and {macs:,} of {of:,} MACs of this run" if held else "",
             f"{'site':<38} keys verdict       query  +1 key     dead",
         ]
+        lines = [line for line in lines if line]
         for site in self.sites:
-            name = re.sub(r"_blocks?(?=\.)|_?transformer|\.attn2", "", site.name)
+            name = re.sub(r"[._]transformer_blocks|_blocks?(?=\.)|\.attn2", "", site.name)
             name, more = name if len(name) <= 38 else f"..{name[-36:]}", site.control
             moves = f"{site.query:>7.1e} {f'{more.query:.1e}' if more else 'none':>7}"
             lines.append(f"{name:<38} {site.keys:>4} {site.verdict:<11} {moves} {sum(site.dead.values()):>8,}")
@@ -81,12 +84,19 @@ def check_model(
     `control=False` leaves out the second key; where a module takes none it is left out anyway, and the report says so.
     `progress` draws a bar on a terminal.
     """
-    named = named if inputs or named else small_inputs(model, keys)
+    if keys < 1:
+        raise ValueError(f"keys is {keys}; need at least 1")
+    noise = {} if inputs or named else small_inputs(model, keys)
     with torch.inference_mode(False):
-        calls = tqdm(
-            record(model, inputs, named).items(), desc="sites", leave=False, disable=None if progress else True
-        )
-        sites = [report for name, call in calls for report in call.check(name, control)]
+        try:
+            calls = record(model, inputs, {**named, **noise})
+        except Exception as error:
+            if not noise:
+                raise
+            kind = f"{type(model).__name__} does not run on noise ({error})"
+            raise ValueError(f"{kind}: give its inputs, check_model(model, *inputs)") from error
+        bar = tqdm(calls.items(), desc="sites", leave=False, disable=None if progress else True)
+        sites = [report for name, call in bar for report in call.check(name, control)]
     return ModelReport(tuple(sites), sum(p.numel() for p in model.parameters()))
 
 
@@ -199,7 +209,8 @@ def small_inputs(model: nn.Module, keys: int) -> dict[str, Any]:
     frames_first, frames_last = "added_time_ids" in takes, re.search("3D|Motion", type(model).__name__)
     made = {"sample": noise(1, *((2, c) if frames_first else (c, 2) if frames_last else (c,)), side, side)}
     made["c_noise" if "c_noise" in takes else "timestep"] = like.new_ones(())
-    made[context] = noise(1, keys, stated.get("encoder_hid_dim") or (width if isinstance(width, int) else width[0]))
+    width = stated.get("encoder_hid_dim") or (width if isinstance(width, int) else width[0])
+    made[context] = noise(2 if "Motion" in type(model).__name__ else 1, keys, width)  # there, a row for each frame
     ids, embedded = stated.get("projection_class_embeddings_input_dim"), stated.get("addition_time_embed_dim")
     if frames_first:
         made["added_time_ids"] = noise(1, stated.get("num_time_ids") or ids // embedded)
@@ -216,19 +227,20 @@ def load_any(source: str, **options: Any) -> tuple[Any, int]:
     """
     folder = Path(source).expanduser()
     inside = folder / "unet" if (folder / "unet/config.json").is_file() else folder
-    kind = OURS
-    if (inside / "config.json").is_file():
-        kind = json.loads((inside / "config.json").read_text(encoding="utf-8")).get("_class_name", OURS)
+    stated = inside / "config.json"
+    text = stated.read_text(encoding="utf-8", errors="replace") if stated.is_file() else ""
+    kind = "".join(re.findall(r'"_class_name": *"(\w+)"', text)[:1]) or OURS  # what is no JSON, load_unet refuses
     if kind == OURS:
         return load_unet(source, **options), 1
     try:
         import diffusers
 
-        unet = getattr(diffusers, kind).from_pretrained(inside, variant=options["variant"], use_safetensors=True)
+        unet = getattr(diffusers, kind).from_pretrained(inside, variant=options.get("variant"), use_safetensors=True)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{inside} holds a {kind}, which is read by diffusers: pip install diffusers") from error
-    text = folder / "text_encoder/config.json"
-    return unet, json.loads(text.read_text(encoding="utf-8"))["max_position_embeddings"] if text.is_file() else 1
+    encoder = folder / "text_encoder/config.json"
+    keys = json.loads(encoder.read_text(encoding="utf-8")) if encoder.is_file() else {}
+    return unet, keys.get("max_position_embeddings", 1)
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------

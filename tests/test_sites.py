@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 from torch import Tensor, nn
 
-from conftest import UNET, randomised
+from conftest import UNET, randomised, relative_error
 from minisvd import check, check_model
 from minisvd.attention import Attention
 from minisvd.cli import main
@@ -83,6 +83,33 @@ def test_one_token_of_zero123_and_of_image_variations_is_trivial():
     assert {site.keys for site in text.sites} == {77}
 
 
+@torch.no_grad()
+def test_anyones_unet_can_be_folded():
+    """With a linear map, as `folded` finds it, in the place of each attention: the same output, and as many parameters
+    less as the report says. Over another number of keys it would not be the same."""
+
+    class Stand(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+            return self.linear(encoder_hidden_states).mean(dim=1, keepdim=True).expand(-1, x.shape[1], -1)
+
+    unet = image_unet()
+    given = [(noise(2, 4, 16, 16), torch.tensor(1), noise(2, keys, C_CONTEXT)) for keys in (1, 2)]
+    before, other = (unet(*each).sample for each in given)
+    size, report = sum(p.numel() for p in unet.parameters()), check_model(unet)
+    for site in report.sites:
+        attention: Any = unet.get_submodule(site.name)
+        x, key = noise(1, 1, attention.to_q.in_features), noise(1, 1, C_CONTEXT)
+        linear = folded(lambda x, c, attention=attention: attention(x, encoder_hidden_states=c), x, key)
+        unet.set_submodule(site.name, Stand(linear))
+    assert relative_error(unet(*given[0]).sample, before) < 1e-5
+    assert relative_error(unet(*given[1]).sample, other) > 1e-4  # control
+    assert size - sum(p.numel() for p in unet.parameters()) == sum(site.saves[0] for site in report.sites) > 0
+
+
 def test_the_branch_of_a_global_embedding_is_trivial_and_that_of_the_text_is_not():
     """IP-Adapter: each cross-attention has a summand for the text and one for the image, with keys of its own. One
     token makes the image's trivial, its to_k_ip dead; four, of the same embedding, do not."""
@@ -111,6 +138,7 @@ def test_the_branch_of_a_global_embedding_is_trivial_and_that_of_the_text_is_not
     text, image = branches(tokens=1)
     assert [(site.verdict, site.keys) for site in text] == [("not trivial", 7)] * 4
     assert [(site.verdict, site.keys) for site in image] == [("trivial", 1)] * 4
+    assert all(site.control for site in (*text, *image))
     assert {tuple(site.dead) for site in text} == {()}
     assert {tuple(site.dead) for site in image} == {("processor.to_k_ip.0.weight",)}
     _, image = branches(tokens=4)  # control
@@ -281,6 +309,10 @@ def test_a_model_that_cannot_be_run_by_itself_asks_for_inputs():
         ValueError, match=r"what a Linear is called with is not known: give it, check_model\(model, \*i"
     ):
         check_model(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"UNet2DConditionModel does not run on noise \(.*class_labels.*\): give its inp"
+    ):
+        check_model(image_unet(class_embed_type="timestep"))
     assert not check_model(nn.Linear(2, 2), noise(1, 2)).sites
     assert "no cross-attention was met" in str(check_model(nn.Linear(2, 2), noise(1, 2)))
 
@@ -297,14 +329,19 @@ def test_a_run_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in unet.modules())
 
 
-@pytest.mark.parametrize("kind", ["3d", "sdxl"])
+@pytest.mark.parametrize("kind", ["3d", "motion", "sdxl"])
 def test_other_unets_of_diffusers_run_on_noise(kind):
-    """A video UNet with text along time, and one with the sizes that SDXL is told; each with the keys asked for."""
+    """Two for video, and one with the sizes that SDXL is told; each with the keys that are asked for."""
     torch.manual_seed(0)
     if kind == "3d":
         changes = {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D")}
         changes["up_block_types"] = ("UpBlock3D", "CrossAttnUpBlock3D")
         unet = randomised(UNet3DConditionModel(**{**IMAGE, **changes, "attention_head_dim": 8}))
+    elif kind == "motion":
+        changes = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion")}
+        changes["up_block_types"] = ("UpBlockMotion", "CrossAttnUpBlockMotion")
+        sizes = {name: size for name, size in IMAGE.items() if name != "attention_head_dim"}
+        unet = randomised(UNetMotionModel(**{**sizes, **changes, "num_attention_heads": 4}))
     else:
         size = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 20}
         unet = image_unet(addition_embed_type="text_time", **size)
@@ -342,6 +379,8 @@ def test_verify_takes_a_folder_of_another_architecture(image_folder: Path, capsy
     assert report["hold"] == 0
     assert [(site["keys"], site["finding"][0]) for site in report["sites"]] == [(77, "not trivial")] * 4
     assert main([*argv, "--keys", "1"]) == 0
+    assert main([*argv, "--keys", "0"]) == 2
+    assert "keys is 0; need at least 1" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_lacks(image_folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -350,6 +389,9 @@ def test_verify_says_what_it_lacks(image_folder: Path, capsys: pytest.CaptureFix
     assert main(["verify", "--model", str(image_folder)]) == 2
     said = capsys.readouterr().err
     assert "holds a UNetOfNobody, which is read by diffusers: pip install diffusers" in said
+    config.write_text("{")
+    assert main(["verify", "--model", str(image_folder)]) == 2
+    assert "unet/config.json is" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Ours and diffusers' over one key are; over two keys, under a gate of the query, 
 two keys, they are not. `minisvd verify` says so of every site of a model.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,11 @@ def test_tensors_of_a_run_under_inference_mode_are_taken():
     with torch.inference_mode():
         x, context = (t + 0 for t in inputs())
         inside = check(attention, x, context)
+        loaded = copy.deepcopy(attention)
     assert x.is_inference()
     assert check(attention, x, context) == inside == check(attention, *inputs())
+    assert next(loaded.parameters()).is_inference()
+    assert check_model(loaded, x, context).holds
 
 
 def test_a_module_that_insists_on_one_key_is_checked_without_control():
@@ -379,10 +383,11 @@ def test_verify_checks_every_site(tiny_folder: Path, capsys: pytest.CaptureFixtu
     assert holding == "22 of 22 sites are trivial"
     assert dead == "dead in them: to_k, to_q"
     assert share.startswith("that is 111,616 of ")
-    assert saved.startswith("a fold to W c + b saves 171,008 of them and ")
+    assert saved.startswith("a fold saves 171,008 of them and ")
     assert head.split()[:4] == ["site", "keys", "verdict", "query"]
     assert len(rows) == 22
     assert len({row.split()[0] for row in rows}) == 22
+    assert [row.split()[0] for row in rows[:2]] == ["down.0.attentions.0.0", "down.0.attentions.0.temporal.0"]
     assert all(row.split()[1:3] == ["1", "trivial"] for row in rows)
 
 
