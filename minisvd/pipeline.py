@@ -180,7 +180,8 @@ class StableVideoDiffusion:
         width, height = chosen["size"]
         self.check_size((width, height))
         self.check_parts()
-        sigmas = SIGMAS[given["schedule"]](chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
+        levels_of = SIGMAS[given["schedule"]]
+        noise_levels: Tensor = levels_of(chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
         if callback is not None and not callable(callback):
             raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
         if isinstance(image, list) and not image:
@@ -199,10 +200,11 @@ class StableVideoDiffusion:
         noise = drawn("noise", noise, shape, generators)
 
         stop, start = given["guidance_interval"] or (0.0, math.inf)
-        guide, videos = GuidanceSchedule(*chosen["guidance"], given["cut_step"], given["stage2"], start, stop), []
+        staged: dict[str, Any] = {name: given[name] for name in ("cut_step", "stage2")} | {"start": start, "stop": stop}
+        guide, videos = GuidanceSchedule(*chosen["guidance"], **staged), []
         for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
-            latents = self.sample(*inputs, sigmas=sigmas, schedule=guide, callback=callback, progress=progress)
+            latents = self.sample(*inputs, sigmas=noise_levels, schedule=guide, callback=callback, progress=progress)
             blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
             with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
                 frames = self.vae.decode(latents, chosen["decode_chunk"], callback=bar.update)
