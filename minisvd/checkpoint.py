@@ -145,7 +145,7 @@ class Checkpoint:
         dtype = checked_dtype(dtype, device)
         modules = {part: self.build(part, vcut) for part in self.configs}
         plans = {part: self.plan(part, module) for part, module in modules.items()}
-        mapped = not copy and torch.device(device).type == "cpu"
+        mapped = not copy and device.type == "cpu"
         for part, module in modules.items():
             header, state = self.headers[part], {}
             with open(self.files[part], "rb") as file:

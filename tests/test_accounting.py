@@ -177,6 +177,7 @@ def test_no_axis_can_stand_for_another():
         assert cost(SMALL, t, size, b).macs != counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vcut", VCUTS)
 def test_what_comes_once_is_what_condition_does(vcut):
     """`once` are the MACs of unet.condition, `macs` those of a call that is given its result."""

@@ -187,6 +187,7 @@ def is_mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.linux
 def test_weights_are_mapped_unless_converted_or_copied(modules: dict[str, Any], tmp_path: Path) -> None:
     """The file's pages while a module lives; the same numbers any way, and when the file has been deleted."""
@@ -306,6 +307,7 @@ def test_auto_is_the_half_precision_that_the_hardware_multiplies(
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_no_number_is_refused_by_name(
     value: float, tmp_path: Path, modules: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -330,6 +332,7 @@ def test_a_weight_that_is_no_number_is_refused_by_name(
         load(write_folder(tmp_path / "folded", modules | {"unet": broken}), vcut="lossless")
 
 
+@pytest.mark.slow
 def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, modules: dict[str, Any]) -> None:
     """When it is loaded so, when it is saved so, and by the program that converts; bfloat16 holds it."""
     large = copy.deepcopy(modules["unet"])

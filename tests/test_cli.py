@@ -76,6 +76,7 @@ def test_generate_writes_what_the_library_gives(
     assert capsys.readouterr().out == "frames\n"
 
 
+@pytest.mark.slow
 def test_noise_levels_and_where_they_are_guided_are_settings_too(
     tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

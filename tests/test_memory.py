@@ -43,6 +43,7 @@ def peak(device: torch.device, hold: Hold, chunk: int, frames: int = 6) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", ["two", "one"])
 def test_shapes_alone_count_what_a_run_makes(hold):
     """To the byte, between tensors without data and tensors with."""

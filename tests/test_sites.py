@@ -33,6 +33,8 @@ IMAGE: dict[str, Any] = {
     "attention_head_dim": 8,
 }
 
+pytestmark = pytest.mark.slow  # diffusers' networks are built
+
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -11,6 +11,7 @@ from tools.teach import check, exercises
 NAMES = list(check.CHECKERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_checker_fails_what_is_given_and_passes_a_solution(name):
     with pytest.raises(check.Wrong) as told:

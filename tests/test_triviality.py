@@ -414,6 +414,7 @@ def test_verify_as_json_has_every_number(tiny_folder: Path, capsys: pytest.Captu
     assert report["dead_parameters"] == sum(sum(row["dead"].values()) for row in table) == 111_616
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [0, 1])
 def test_verify_fails_with_1_where_a_site_is_not_its_linear_map(
     power, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
