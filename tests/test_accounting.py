@@ -168,6 +168,7 @@ def test_a_changed_layer_is_found_by_name():
     assert macs[name] == 9 * counted.macs[name] == 9 * (2 * 3 * 4 * 4) * 64 * 64
 
 
+@pytest.mark.slow
 def test_no_axis_can_stand_for_another():
     """Control: as many tokens, but other numbers of videos, frames and cells, are not the same work."""
     with torch.device("meta"):

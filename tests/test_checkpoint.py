@@ -124,6 +124,7 @@ def test_the_single_file_s_numbers_mean_the_layers_they_are_run_as(part: str) ->
         assert theirs in published(SINGLE_FILE)[part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", BOTH)
 def test_both_layouts_give_back_the_module_that_was_written_bit_for_bit(

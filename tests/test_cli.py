@@ -125,6 +125,7 @@ def test_json_is_one_object_that_says_how_to_do_it_again(
     assert report["versions"]["minisvd"] == minisvd.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "written"), [("clip.gif", "clip.gif"), ("{stem}-a.webp", "photo-a.webp"), ("old", "old/photo.mp4")]
 )

@@ -235,6 +235,7 @@ def test_a_large_motion_bucket_warns(svd, images):
         svd(images[0], motion_bucket=300, **QUICK)
 
 
+@pytest.mark.slow
 def test_each_image_kind_is_the_same_image(svd, tmp_path):
     """A path, a PIL image, an array and a tensor of one picture give one video."""
     picture = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")

@@ -199,6 +199,7 @@ def test_a_new_image_batch_or_dtype_recomputes():
     assert relative_error(wide.float(), fold(released(), "lossless")(sample, c_noise, embeds, ids)) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("schedule", "stages"),
