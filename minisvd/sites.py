@@ -30,9 +30,8 @@ from .checkpoint import load_unet
 from .triviality import Redraw, Report, html, largest, linear_map, measured, ratio
 
 QUERY = re.compile(r"(to_|lin_|proj_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
-ASIDE = re.compile(
-    r"mask|bias|pos(_|ition)|rotary|freq|temb"
-)  # arguments of an attention that are neither tokens nor keys
+ASIDE = re.compile(r"mask|bias|pos(_|ition)|rotary|freq|temb")  # arguments that are neither tokens nor keys
+KEPT = re.compile(r"past|cache")  # arguments that hold the keys of an earlier call, which would hide the control's
 OURS = "UNetSpatioTemporalConditionModel"
 
 
@@ -133,7 +132,7 @@ class Call:
         self.module, self.bound = module, signature(module.forward).bind(*args, **kwargs)
         found, self.spec = tree_flatten_with_path(dict(self.bound.arguments))
         self.paths = [keystr(path) for path, _ in found]
-        self.leaves: list[Any] = [None if "past" in keystr(path) else leaf for path, leaf in found]  # no kept keys
+        self.leaves: list[Any] = [None if KEPT.search(keystr(path)) else leaf for path, leaf in found]
         places: dict[int, list[int]] = {}  # where each tensor of tokens stands: the queries, then the contexts
         for i, x in enumerate(self.leaves):
             tokens = isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (3, 4)

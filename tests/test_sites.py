@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,34 @@ def test_attention_of_transformers_is_found():
     assert [site.name for site in report.sites] == ["decoder.layers.0.encoder_attn", "decoder.layers.1.encoder_attn"]
     assert report.holds
     assert [(site.verdict, site.keys) for site in found(3).sites] == [("not trivial", 3)] * 2
+
+
+@pytest.mark.parametrize("name", ["past_key_value", "cache"])
+def test_keys_that_an_attention_keeps_from_an_earlier_call_are_forgotten(name: str):
+    """Under the name that transformers gave its cache before 5.24, and the one since."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, C) for _ in range(3))
+
+        def forward(self, x: Tensor, context: Tensor, **kept: Any) -> Tensor:
+            cache = kept[name] or SimpleNamespace(kv=None)
+            cache.kv = cache.kv or (self.k_proj(context), self.v_proj(context))
+            return nn.functional.scaled_dot_product_attention(self.q_proj(x), *cache.kv)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cross = Cross()
+
+        def forward(self, x: Tensor, context: Tensor, kept: SimpleNamespace) -> Tensor:
+            return self.cross(x, context, **{name: kept})
+
+    torch.manual_seed(0)
+    model, x, context = Model(), torch.randn(2, 5, C), torch.randn(2, 1, C)
+    assert check_model(model, x, context, SimpleNamespace(kv=None)).holds
+    assert not check_model(model, x, torch.randn(2, 3, C), SimpleNamespace(kv=None)).holds
 
 
 def test_an_attention_written_by_hand_is_found_and_one_that_takes_one_key_has_no_control():
