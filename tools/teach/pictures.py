@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minisvd import load
 from minisvd.accounting import BUILDS, Block, by_kind, run_cost, total, unet_blocks, unet_cost
-from minisvd.config import PRESETS, UNetConfig, VAEConfig
+from minisvd.config import PRESETS, UNetConfig, VAEConfig, Vcut
 from minisvd.images import load_image
 from minisvd.sampler import SHARE, edm_sigmas, preconditioning
 from tools.output import atomic
@@ -50,10 +50,10 @@ class Drawing:
         self.width, self.height, self.title, self.parts = width, height, title, []
 
     def text(
-        self, x: float, y: float, words: str, size: float = 12, fill: str = "ink", anchor: str = "start", bold: bool = False
+        self, x: float, y: float, words: str, size: float = 12, fill: str = "ink", at: str = "start", bold: bool = False
     ) -> None:
         weight = ' font-weight="600"' if bold else ""
-        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{at}" font-size="{size:g}"'
         self.parts.append(f'<text class="f-{fill}" {place}{weight}>{escape(words)}</text>')
 
     def rect(
@@ -183,7 +183,8 @@ def draw_u(d: Drawing, blocks: Sequence[Block], top: float) -> float:
             d.path(f"M{x_1:.1f} {y:.1f}v{-10 - 7 * k}H{x_2:.1f}V{y - 2:.1f}", arrow=True)
         cost = total(site for block in (*left, *right) for site in block.sites)
         middle_x = (place[left[-1].name][0] + WIDTHS["attentions"] + place[right[0].name][0]) / 2
-        d.text(middle_x, y + 16, f"{left[-1].leaves[0]} channels, {left[-1].leaves[1]}x{left[-1].leaves[2]}", 13, "ink", "middle", True)
+        c, h, w = left[-1].leaves
+        d.text(middle_x, y + 16, f"{c} channels, {h}x{w}", 13, "ink", "middle", True)
         d.text(middle_x, y + 33, f"{cost.parameters / 1e6:,.1f} M parameters", 12, "faint", "middle")
         d.text(middle_x, y + 48, f"{cost.macs / 1e9:,.1f} G MACs a step", 12, "faint", "middle")
         if level + 1 < len(down):
@@ -192,11 +193,10 @@ def draw_u(d: Drawing, blocks: Sequence[Block], top: float) -> float:
     for one, other in ends:
         (x_1, y_1), (x_2, y_2) = place[one.name], place[other.name]
         w_1, w_2 = (WIDTHS.get(sort_of(block), NARROW) for block in (one, other))
-        downwards = y_2 > y_1
-        if downwards:  # out of the right end, down onto the next row's first block
-            d.path(f"M{x_1 + w_1:.1f} {y_1 + HALF / 2:.1f}h8V{y_2 - 34:.1f}H{x_2 + 5:.1f}V{y_2 - 2:.1f}", arrow=True)
-        else:  # out of the end of a row below, up into the first block of this one
-            d.path(f"M{x_1 + w_1:.1f} {y_1 + HALF / 2:.1f}h8V{y_2 + 2 * HALF + 14:.1f}H{x_2 + w_2 / 2:.1f}V{y_2 + HALF + 2:.1f}", arrow=True)
+        way = f"V{y_2 - 34:.1f}H{x_2 + 5:.1f}V{y_2 - 2:.1f}"  # down onto the next row's first block
+        if y_2 < y_1:  # or up into this row's first
+            way = f"V{y_2 + 2 * HALF + 14:.1f}H{x_2 + w_2 / 2:.1f}V{y_2 + HALF + 2:.1f}"
+        d.path(f"M{x_1 + w_1:.1f} {y_1 + HALF / 2:.1f}h8{way}", arrow=True)
     y = top + len(down) * ROW
     left_end, right_start = place[down[-1][-1].name], place[up[-1][0].name]
     x = (left_end[0] + right_start[0] + WIDTHS["resnets"] - width_of(middle)) / 2
@@ -216,7 +216,9 @@ def u(config: UNetConfig, frames: int, size: tuple[int, int], title: str, css: s
     d.text(20, 28, title, 16, bold=True)
     sites = sum(sort_of(block) == "attentions" for block in blocks)
     x = 20.0
-    for fill, words in (("space", "spatial half: within each frame"), ("time", "temporal half: along time"), ("sca", f"SCA 1 to {sites}: to the image, spatial"), ("tca", f"TCA 1 to {sites}: to the image, temporal")):
+    legend = {"space": "spatial half: within each frame", "time": "temporal half: along time"}
+    legend |= {kind: f"{kind.upper()}, 1 to {sites}: from the image" for kind in ("sca", "tca")}
+    for fill, words in legend.items():
         d.rect(x, 42, 14, 14, fill, "edge")
         d.text(x + 20, 54, words, 12)
         x += 44 + 6.3 * len(words)
@@ -225,7 +227,7 @@ def u(config: UNetConfig, frames: int, size: tuple[int, int], title: str, css: s
     y = bottom - 2 * HALF
     for i, block in enumerate(names):
         d.open(f"{block.name}: {shape(block)}, {numbers(block)}", f' class="block" data-block="{blocks.index(block)}"')
-        d.rect(20, y + 28 * i, 150, 22, "ground", "edge")
+        d.rect(20, y + 28 * i, 184, 22, "ground", "edge")
         d.text(28, y + 28 * i + 15, f"{block.name} {block.enters[0]} → {block.leaves[0]}", 11)
         d.close()
     d.height = draw_builds(d, config, frames, size, bottom + 44) + 16
@@ -238,7 +240,8 @@ def draw_builds(d: Drawing, config: UNetConfig, frames: int, size: tuple[int, in
     y += 14
     released = next(block for block in unet_blocks(config, frames, size) if sort_of(block) == "attentions")
     names = [site.name.removeprefix(f"{released.name}.") for site in released.sites]
-    kinds = [(name.startswith("temporal_"), site.kind) for name, site in zip(names, released.sites, strict=True) if "transformer_blocks" in name]
+    found = zip(names, released.sites, strict=True)
+    kinds = [(name.startswith("temporal_"), site.kind) for name, site in found if "transformer_blocks" in name]
     chain = [kinds[0], *(b for a, b in pairwise(kinds) if a != b)]
     w = 104.0
     for build, form in BUILDS.items():
@@ -247,7 +250,7 @@ def draw_builds(d: Drawing, config: UNetConfig, frames: int, size: tuple[int, in
         d.text(20, y + 36, f"{cost.parameters:,} parameters", 11, "faint")
         d.text(20, y + 50, f"{cost.macs / 1e12:,.3f} T MACs a step", 11, "faint")
         x = 190.0
-        for temporal, kind in chain:
+        for i, (temporal, kind) in enumerate(chain, start=1):
             stands = {"SCA": form.sca, "TCA": form.tca}.get(kind, "")
             words = kind.removeprefix("temporal ")
             paint = kind.lower() if stands == "attention" else "time" if temporal else "space"
@@ -259,7 +262,8 @@ def draw_builds(d: Drawing, config: UNetConfig, frames: int, size: tuple[int, in
             else:
                 d.rect(x, y + 8, w, 40, paint, "edge", 3)
                 d.text(x + w / 2, y + 32, words, 12, "mark" if stands else "ink", "middle", bool(stands))
-            d.path(f"M{x + w:.1f} {y + 28:.1f}h{GAP + 2}", arrow=(temporal, kind) != chain[-1])
+            if i < len(chain):
+                d.path(f"M{x + w:.1f} {y + 28:.1f}h{GAP + 2}", arrow=True)
             x += w + GAP + 3
         y += 64
     return y
@@ -274,7 +278,7 @@ def stages(name: str, cut_step: int) -> str:
     steps, size = generation.steps, (generation.size[0] // factor, generation.size[1] // factor)
     levels = edm_sigmas(steps)[:-1].tolist()
     title = f"Two stages: {name}, {steps} steps, guided before step c = {cut_step}"
-    left, pitch, top, high = 96.0, 32.0, 62.0, 150.0
+    left, pitch, top, high = 118.0, 32.0, 62.0, 150.0
     d = Drawing(left + pitch * steps + 30, 430, title)
     d.text(20, 28, title, 16, bold=True)
 
@@ -286,13 +290,14 @@ def stages(name: str, cut_step: int) -> str:
         return top + high * (1 - (math.log(sigma) - low) / (up - low))
 
     cut = left + pitch * (cut_step - 1)
-    d.text(20, y_of(levels[0]) + 4, f"σ = {levels[0]:g}", 12)
-    d.text(20, y_of(levels[-1]) + 4, f"σ = {levels[-1]:.3g}", 12)
-    d.text(20, y_of(1.0) + 4, "σ = 1", 12, "faint")
+    d.text(20, y_of(levels[0]) + 4, f"sigma = {levels[0]:g}", 12)
+    d.text(20, y_of(levels[-1]) + 4, f"sigma = {levels[-1]:.3g}", 12)
+    d.text(20, y_of(1.0) + 4, "sigma = 1", 12, "faint")
     d.path(f"M{left} {y_of(1.0):.1f}H{left + pitch * steps}", more=' stroke-dasharray="2 4"')
     d.path("M" + "L".join(f"{x_of(i):.1f} {y_of(s):.1f}" for i, s in enumerate(levels, start=1)), "ink", 1.5)
     for i, sigma in enumerate(levels, start=1):
-        d.parts.append(f'<circle class="f-ink" cx="{x_of(i):.1f}" cy="{y_of(sigma):.1f}" r="3"><title>step {i}: σ = {sigma:.4g}</title></circle>')
+        place, said = f'cx="{x_of(i):.1f}" cy="{y_of(sigma):.1f}"', f"step {i}: sigma = {sigma:.4g}"
+        d.parts.append(f'<circle class="f-ink" {place} r="3"><title>{said}</title></circle>')
     branch = top + high + 26
     for words, row in (("conditional", 0), ("unconditional", 1)):
         d.text(20, branch + 17 + 28 * row, words, 11.5)
@@ -307,13 +312,14 @@ def stages(name: str, cut_step: int) -> str:
     d.text(cut - 8, top + 4, "stage one: two branches, guided", 12, "sca", "end", True)
     d.text(cut + 8, top + 4, f"stage two: one, at {SHARE['mean']:g} of the embedding", 12, "tca", "start", True)
     y = branch + 82
-    runs = [(f"vcut=False, guided throughout, as diffusers runs it", None)]
     full = run_cost(config, generation.num_frames, size, steps).full
     bar = pitch * steps - 330
     d.text(left, y, f"UNet, {generation.num_frames} frames of {generation.size[0]}x{generation.size[1]}", 12, "faint")
-    lines = [(runs[0][0], full, "ink")]
-    for words, build, c in (("guided throughout", False, None), ("vcut=True, guided throughout", True, None), (f"vcut=True, c = {cut_step}", True, cut_step)):
-        lines.append((f"minisvd, {words}", run_cost(config, generation.num_frames, size, steps, c, BUILDS[build]).macs, "tca" if c else "sca"))
+    lines = [("as diffusers runs it, guided throughout", full, "ink")]
+    ways: list[tuple[Vcut, int | None]] = [(False, None), ("lossless", None), ("lossless", cut_step), (True, cut_step)]
+    for vcut, c in ways:
+        macs = run_cost(config, generation.num_frames, size, steps, c, BUILDS[vcut]).macs
+        lines.append((f"vcut={vcut!r}, " + (f"c = {c}" if c else "guided throughout"), macs, "tca" if c else "sca"))
     for words, macs, fill in lines:
         y += 22
         d.text(20, y + 4, words, 11.5)
@@ -381,7 +387,9 @@ def theorem(model: str, image: str | Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.teach.pictures", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", choices=PRESETS, default="svd", help="of u.svg and stages.svg (default: %(default)s)")
+    parser.add_argument(
+        "--model", choices=PRESETS, default="svd", help="of u.svg and stages.svg (default: %(default)s)"
+    )
     parser.add_argument("--cut-step", type=int, default=17, metavar="C", help="default: %(default)s, the paper's")
     parser.add_argument("--image", type=Path, default=Path("weights/tiny/example.png"), help="of theorem.svg")
     parser.add_argument("-o", "--out", type=Path, default=Path("tools/results"), help="a folder (default: %(default)s)")
