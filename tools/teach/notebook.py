@@ -1,6 +1,6 @@
 """Make the notebook of svd.py, in which every cell begins with a line `# %%`, those of text with `# %% [markdown]`.
 
-    python -m tools.teach.notebook                  writes tools/teach/svd.ipynb, without outputs
+python -m tools.teach.notebook                  writes tools/teach/svd.ipynb, without outputs
 """
 
 import argparse

@@ -29,6 +29,7 @@ LIGHT = {"ground": "#ffffff", "ink": "#1f2328", "faint": "#59636e", "line": "#8c
 LIGHT |= {"time": "#ffddc2", "sca": "#0b5cd5", "tca": "#b34700", "mark": "#ffffff", "edge": "#59636e"}
 DARK = {"ground": "#0d1117", "ink": "#e6edf3", "faint": "#9198a1", "line": "#6e7681", "space": "#1c3a66"}
 DARK |= {"time": "#5c3310", "sca": "#79b8ff", "tca": "#ffab70", "mark": "#0d1117", "edge": "#9198a1"}
+PAPER_CUT = 17  # the step at which arXiv 2407.19205 cuts guidance at no visible cost
 STROKES = ("line", "edge", "sca", "tca", "ink", "faint")
 
 
@@ -390,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", choices=PRESETS, default="svd", help="of u.svg and stages.svg (default: %(default)s)"
     )
-    parser.add_argument("--cut-step", type=int, default=17, metavar="C", help="default: %(default)s, the paper's")
+    parser.add_argument("--cut-step", type=int, default=PAPER_CUT, metavar="C", help="default: %(default)s")
     parser.add_argument("--image", type=Path, default=Path("weights/tiny/example.png"), help="of theorem.svg")
     parser.add_argument("-o", "--out", type=Path, default=Path("tools/results"), help="a folder (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -169,9 +169,9 @@ beside(pictures)
 #
 # ## What the temporal layers do
 #
-# Each one is blended in by a learned share. With all of them set to the spatial branch alone, no frame hears of another:
-# give the frames their noise in another order, and the frames come out in that order, the same to rounding. With them,
-# they do not. And nothing moves as it should: the frame's number was the temporal layers' to know.
+# Each one is blended in by a learned share. With all of them set to the spatial branch alone, no frame hears of
+# another: give the frames their noise in another order, and they come out in that order, to rounding. With them, they
+# do not. And nothing moves as it should: the frame's number was the temporal layers' to know.
 
 # %%
 noise = torch.randn(1, T, *latent.shape[1:], generator=torch.Generator().manual_seed(0))
