@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "microsoft-edge")
+BROWSERS = ("chromium", "google-chrome", "microsoft-edge")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
 PATIENCE = 120_000  # milliseconds
@@ -38,6 +38,8 @@ LOOKS = """element => element instanceof HTMLCanvasElement ? element.toDataURL()
 NAMELESS = """() => [...document.querySelectorAll('input, select, button, canvas, img, svg[role=img], [tabindex]')]
   .filter(e => !(e.labels && e.labels.length) && !e.getAttribute('aria-label') && !e.getAttribute('alt')
     && !e.textContent.trim() && !e.querySelector('title')).map(e => e.id || e.tagName)"""
+TOO_WIDE = """() => [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll')
+  && e.getBoundingClientRect().right > window.innerWidth + 1).map(e => e.id || e.tagName)"""
 CONTRAST = """() => {
   const light = c => c.map(x => x / 255).map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
     .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
@@ -138,14 +140,14 @@ def browse(path: Path, shots: Path | None = None) -> list[tuple[str, bool]]:
             found.append(
                 (f"{scheme}: text has a contrast of {contrast:.1f} to its ground, 4.5 or more", contrast >= 4.5)
             )
-            narrow = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-            found.append((f"{scheme}: the page is no wider than its window", narrow))
+            wide = page.evaluate(TOO_WIDE)
+            found.append((f"{scheme}: nothing is wider than the window {wide}", not wide))
             if shots is not None:
                 shots.mkdir(parents=True, exist_ok=True)
                 page.screenshot(path=shots / f"{path.stem}-{scheme}.png", full_page=True)
             page.set_viewport_size({"width": 400, "height": 800})
-            narrow = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-            found.append((f"{scheme}: nor on a telephone", narrow))
+            wide = page.evaluate(TOO_WIDE)
+            found.append((f"{scheme}: nor on a telephone {wide}", not wide))
             if shots is not None:
                 page.screenshot(path=shots / f"{path.stem}-{scheme}-narrow.png", full_page=True)
             found.append((f"{scheme}: no complaint and no request {complaints}", not complaints))

@@ -111,7 +111,12 @@ function picture(uri) {
 }
 
 const $ = id => document.getElementById(id);
-const heat = x => [Math.round(255 * Math.min(1, 0.05 + 1.6 * x)), Math.round(255 * Math.min(1, 0.07 + 0.9 * x * x)), Math.round(255 * Math.max(0, 0.2 + 0.3 * x * (x > 0.5) - 0.1 * x))];
+
+// dark, warm, bright: of a share of the largest
+function heat(x) {
+  const anchors = [[13, 18, 41], [217, 89, 26], [255, 242, 191]], i = x < 0.5 ? 0 : 1, part = 2 * x - i;
+  return anchors[i].map((low, c) => Math.round(low + part * (anchors[i + 1][c] - low)));
+}
 
 function range(id, low, high, value, changed) {
   const input = $(id);
@@ -211,7 +216,7 @@ async function drawMaps(data) {
       const cw = canvas.width / cols, ch = canvas.height / rows;
       if (overlay) {
         space.forEach((value, i) => {
-          paint.fillStyle = `rgb(${heat(value / 255)} / 0.8)`;
+          paint.fillStyle = `rgba(${heat(value / 255)}, 0.75)`;
           paint.fillRect((i % cols) * cw, Math.floor(i / cols) * ch, cw, ch);
         });
       }
@@ -224,7 +229,7 @@ async function drawMaps(data) {
     }
     const most = space.indexOf(255), then = time.indexOf(255);
     $("map-time").innerHTML = [...time].map((value, i) =>
-      `<li><span class="bar" style="height:${(60 * value / 255 * over).toFixed(1)}px"></span>${data.shown[i] + 1}</li>`).join("");
+      `<li>${Math.round(100 * value / 255 * over)}<span class="bar" style="height:${(100 * value / 255 * over).toFixed(1)}px"></span>${data.shown[i] + 1}</li>`).join("");
     $("map-said").textContent = `Step ${maps.steps[at]}, frame ${data.shown[f] + 1}, row ${y + 1}, column ${x + 1}. ` +
       `In space it looks most at row ${Math.floor(most / cols) + 1}, column ${most % cols + 1}: ${share(top)}` +
       ` (evenly it would be ${share(1 / s)}). Along time, most at frame ${data.shown[then] + 1}: ${share(over)} (evenly ${share(1 / frames)}).`;
