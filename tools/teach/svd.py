@@ -171,7 +171,8 @@ beside(pictures)
 #
 # Each one is blended in by a learned share. With all of them set to the spatial branch alone, no frame hears of
 # another: give the frames their noise in another order, and they come out in that order, to rounding. With them, they
-# do not. And nothing moves as it should: the frame's number was the temporal layers' to know.
+# do not. And nothing moves: a frame's
+# number was for the temporal layers to know.
 
 # %%
 noise = torch.randn(1, T, *latent.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -197,6 +198,7 @@ alone, turned = latents[n - 1], latents[2 * n - 1]
 assert (alone[:, order] - turned).abs().max() < 1e-3 * alone.abs().max()  # frame by frame
 assert (with_time.flip(0) - with_time_turned).abs().mean() > 0.01  # with them: a video, whatever the noise's order
 moved = [(frames - frames[:1]).abs().mean().item() for frames in (with_time, decoded(alone))]
+assert moved[1] < moved[0] / 5
 print("mean difference from the first frame, with and without:", *(f"{m:.3f}" for m in moved))
 beside({"with": strip(with_time), "noise turned": strip(with_time_turned), "without": strip(decoded(alone))}, 1)
 
