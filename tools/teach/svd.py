@@ -171,8 +171,7 @@ beside(pictures)
 #
 # Each one is blended in by a learned share. With all of them set to the spatial branch alone, no frame hears of
 # another: give the frames their noise in another order, and they come out in that order, to rounding. With them, they
-# do not. And nothing moves: a frame's
-# number was for the temporal layers to know.
+# do not. And nothing moves: what number a frame has is for the temporal layers to know.
 
 # %%
 noise = torch.randn(1, T, *latent.shape[1:], generator=torch.Generator().manual_seed(0))
