@@ -131,7 +131,7 @@ def test_maps_are_weights_that_sum_to_one(made):
     sites, frames = data["maps"]["sites"], len(data["shown"])
     assert frames == 3
     assert len(sites) == 5
-    assert sites[0]["grid"] == [4, 20]  # 8x40 tokens, four to a cell
+    assert sites[0]["grid"] == [2, 10]  # 8x40 tokens, sixteen to a cell
     for site in sites:
         cells = site["grid"][0] * site["grid"][1]
         assert len(site["steps"]) == len(data["maps"]["steps"])
