@@ -31,7 +31,7 @@ MOVES = {  # control: what must change when it is moved
     "strength": ("#query-said", "#said-two", "#out-two"),
     "second": ("#query-said", "#said-two", "#out-two"),
     "cut": ("#cut-said", "#ledger"),
-    "cost-build": ("#ledger",),
+    "cost-build": ("#cut-said",),
     "cost-model": ("#ledger", "#cut-said"),
 }
 LOOKS = """element => element instanceof HTMLCanvasElement ? element.toDataURL() : element.src || element.innerHTML"""

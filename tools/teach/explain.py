@@ -143,7 +143,10 @@ def costs(config: UNetConfig, frames: int, size: tuple[int, int], steps: int) ->
         return {"macs": cost.macs, "once": cost.once}
 
     full, shared = (unet_cost(config, frames, size, 2, build).macs for build in (PUBLISHED, BUILDS[False]))
-    builds = {repr(vcut): {"two": forward(2, vcut), "one": forward(1, vcut)} for vcut in BUILDS}
+    counts = {vcut: unet_cost(config, frames, size, build=build).parameters for vcut, build in BUILDS.items()}
+    builds = {
+        repr(vcut): {"parameters": counts[vcut], "two": forward(2, vcut), "one": forward(1, vcut)} for vcut in BUILDS
+    }
     return {"steps": steps, "full": full, "shared": shared, "builds": builds}
 
 

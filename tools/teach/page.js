@@ -336,7 +336,8 @@ function drawLedger(data) {
     $("ledger").innerHTML = lines.map(([words, macs, whole]) => `<tr><th scope="row">${words}</th>` +
       `<td>${whole ? "" : macs > 0 ? "−" : ""}${counted(Math.abs(macs))}</td><td>${share(macs / run.full)}</td>` +
       `<td class="wide"><span class="bar ${whole ? "whole" : "saved"}" style="width:${(100 * Math.max(0, macs) / run.full).toFixed(2)}%"></span></td></tr>`).join("");
-    $("cut-said").textContent = c > costs.steps ? `no cut: ${run.guided} guided steps` : `c = ${c}: ${run.guided} guided steps, then ${run.single} on one branch`;
+    const count = costs.builds[$("cost-build").value].parameters.toLocaleString("en");
+    $("cut-said").textContent = `${count} parameters; ` + (c > costs.steps ? `no cut: ${run.guided} guided steps` : `c = ${c}: ${run.guided} guided steps, then ${run.single} on one branch`);
   }
   range("cut", 1, 2, 1, show);
   function choose() {
