@@ -125,34 +125,36 @@ def browse(path: Path, shots: Path | None = None) -> list[tuple[str, bool]]:
     with sync_playwright() as started:
         opened = started.chromium.launch(executable_path=browser, args=QUIET, timeout=PATIENCE)
         for scheme in ("light", "dark"):
-            complaints: list[str] = []
             page = opened.new_context(color_scheme=scheme, viewport={"width": 1180, "height": 900}).new_page()
             page.set_default_timeout(PATIENCE)
-            page.on("pageerror", lambda error, to=complaints: to.append(str(error)))
-            page.on("console", lambda said, to=complaints: to.append(said.text))
-            page.on(
-                "request",
-                lambda asked, to=complaints: asked.url[:5] in ("data:", "file:", "blob:") or to.append(asked.url),
-            )
-            page.goto(path.resolve().as_uri())
-            found += [(f"{scheme}: {name}", holds) for name, holds in checks(page)]
-            contrast = page.evaluate(CONTRAST)
-            found.append(
-                (f"{scheme}: text has a contrast of {contrast:.1f} to its ground, 4.5 or more", contrast >= 4.5)
-            )
-            wide = page.evaluate(TOO_WIDE)
-            found.append((f"{scheme}: nothing is wider than the window {wide}", not wide))
-            if shots is not None:
-                shots.mkdir(parents=True, exist_ok=True)
-                page.screenshot(path=shots / f"{path.stem}-{scheme}.png", full_page=True)
-            page.set_viewport_size({"width": 400, "height": 800})
-            wide = page.evaluate(TOO_WIDE)
-            found.append((f"{scheme}: nor on a telephone {wide}", not wide))
-            if shots is not None:
-                page.screenshot(path=shots / f"{path.stem}-{scheme}-narrow.png", full_page=True)
-            found.append((f"{scheme}: no complaint and no request {complaints}", not complaints))
+            stem = None if shots is None else shots / f"{path.stem}-{scheme}"
+            found += [(f"{scheme}: {name}", holds) for name, holds in looked_at(page, path, stem)]
         opened.close()
     return found
+
+
+def looked_at(page: Any, path: Path, stem: Path | None) -> Iterator[tuple[str, bool]]:
+    """Open `path` in an empty page: all checks, in a wide window and in a narrow one; `stem` begins their pictures."""
+    complaints = []
+
+    def asked(request: Any) -> None:
+        if request.url[:5] not in ("data:", "file:", "blob:"):
+            complaints.append(request.url)
+
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text))
+    page.on("request", asked)
+    page.goto(path.resolve().as_uri())
+    yield from checks(page)
+    contrast = page.evaluate(CONTRAST)
+    yield f"text has a contrast of {contrast:.1f} to its ground, 4.5 or more", contrast >= 4.5
+    for name, size in (("", {"width": 1180, "height": 900}), ("-narrow", {"width": 400, "height": 800})):
+        page.set_viewport_size(size)
+        wide = page.evaluate(TOO_WIDE)
+        yield f"nothing is wider than {size['width']} pixels {wide or ''}", not wide
+        if stem is not None:
+            page.screenshot(path=f"{stem}{name}.png", full_page=True)
+    yield f"no complaint and no request {complaints or ''}", not complaints
 
 
 def main(argv: list[str] | None = None) -> int:
