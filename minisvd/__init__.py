@@ -32,38 +32,18 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from .adapt import widen_conv_in as widen_conv_in
     from .checkpoint import load_unet as load_unet
     from .clip import ImageEncoder as ImageEncoder
-    from .config import (
-        PRESETS as PRESETS,
-    )
-    from .config import (
-        ClipConfig as ClipConfig,
-    )
-    from .config import (
-        GenerationConfig as GenerationConfig,
-    )
-    from .config import (
-        UNetConfig as UNetConfig,
-    )
-    from .config import (
-        VAEConfig as VAEConfig,
-    )
+    from .config import PRESETS as PRESETS
+    from .config import ClipConfig as ClipConfig
+    from .config import GenerationConfig as GenerationConfig
+    from .config import UNetConfig as UNetConfig
+    from .config import VAEConfig as VAEConfig
     from .pipeline import StableVideoDiffusion as StableVideoDiffusion
     from .pipeline import load as load
-    from .sampler import (
-        GuidanceSchedule as GuidanceSchedule,
-    )
-    from .sampler import (
-        edm_sigmas as edm_sigmas,
-    )
-    from .sampler import (
-        guided_denoiser as guided_denoiser,
-    )
-    from .sampler import (
-        preconditioning as preconditioning,
-    )
-    from .sampler import (
-        sample_euler as sample_euler,
-    )
+    from .sampler import GuidanceSchedule as GuidanceSchedule
+    from .sampler import edm_sigmas as edm_sigmas
+    from .sampler import guided_denoiser as guided_denoiser
+    from .sampler import preconditioning as preconditioning
+    from .sampler import sample_euler as sample_euler
     from .sites import check_model as check_model
     from .sites import dead_names as dead_names
     from .triviality import check as check
