@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -17,7 +18,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,8 +27,6 @@ from .config import CHOICES, DTYPES, SETTINGS, VCUT, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from tqdm import tqdm
 
     from .jobs import Job
     from .pipeline import StableVideoDiffusion
@@ -53,16 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             tell("minisvd: interrupted")
             return 130
-        except MemoryError:
-            return complain(OUT_OF_MEMORY)
-        except RuntimeError as error:  # torch has no one class for this on every device
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                raise
-            return complain(OUT_OF_MEMORY)
         except BrokenPipeError:  # whoever read stdout has gone
             raise
-        except (OSError, ValueError) as error:
-            return complain(str(error))
+        except Exception as error:
+            if not (said := sentence(error)):
+                raise
+            return complain(said)
+
+
+def sentence(error: Exception) -> str:
+    """What a user has got wrong, or ""; for torch has no one class for running out of memory on every device."""
+    full = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    if full or isinstance(error, MemoryError):
+        return OUT_OF_MEMORY
+    return str(error) or repr(error) if isinstance(error, OSError | ValueError) else ""
 
 
 def tell(line: str) -> None:
@@ -80,83 +83,55 @@ def complain(sentence: str) -> int:
 # --- generate -----------------------------------------------------------------------------------------------------
 
 
-def generate(args: argparse.Namespace) -> None:
-    """A video for each image and seed. Prints their paths, or with --json one object that says how they were made."""
-    from .images import open_image
-    from .jobs import find_images, naming, plan
-    from .pipeline import check_settings
-    from .video import check_zoom
+def generate(args: argparse.Namespace) -> int:
+    """A video for each image and seed. Prints their paths, or with --json one object that says how they were made.
+
+    Returns 1 if some of several could not be made. Under torchrun all ranks make videos, and the first one plans and
+    sums up.
+    """
+    from .jobs import prepare
+    from .ranks import join, publish, work
 
     began = time.perf_counter()
-    images, seeds = find_images(args.image), args.seeds or [args.seed or 0]
-    default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
-    folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
-    jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {name: getattr(args, name) for name in ("sigmas", *SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
-    check_settings(**settings)
-    check_zoom(args.zoom, args.size or (1, 1))
-    for image in dict.fromkeys(job.image for job in jobs):
-        open_image(image)
-    if skipped:
-        tell(f"minisvd: skipped {len(skipped)} of {len(jobs + skipped)} videos, which exist")
-    report: dict[str, Any] = {"videos": [], "skipped": [str(job.path) for job in skipped], "model": args.model}
-    if jobs:
-        svd = load(args)
-        check_zoom(args.zoom, args.size or svd.generation.size)
-        tell_strangers(svd, jobs, args.size or svd.generation.size, args.fit)
-        preset = asdict(svd.generation)
-        used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
-        report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom}
-        report["videos"] = make(svd, jobs, settings, args.zoom, say=not args.json)
+    store, first = join()
+    device, dtype = place(args)
+    about = {"model": args.model, "device": device, "versions": versions()}
+    jobs, report = prepare(args, dtype, sentence, tell) if first else ([], {})
+    if first:
+        publish(store, jobs)
+
+    @cache
+    def model() -> StableVideoDiffusion:
+        svd = load(args, offline=args.offline or first)  # what is to be downloaded was, when they were planned
+        tell_strangers(svd, jobs)
+        return svd
+
+    about = None if args.no_sidecar else about
+    ends = work(store, model, sentence, tell, about, first=first, say=not args.json, fail_fast=args.fail_fast)
+    if not first:
+        return 0
+    videos = [end for end in ends if "error" not in end]
+    failed = report.pop("failed") + [end for end in ends if "error" in end]
+    if len(ends) + len(failed) + len(report["skipped"]) > 1:
+        tell(f"minisvd: {len(videos)} made, {len(failed)} failed, {len(report['skipped'])} skipped")
     if args.json:
+        report |= {"videos": videos, "failed": failed, "device": device, "dtype": dtype}
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
+    return int(bool(failed))
 
 
-def make(
-    svd: StableVideoDiffusion, jobs: list[Job], settings: dict[str, Any], zoom: int, say: bool
-) -> list[dict[str, Any]]:
-    """Make and write the videos, and `say` the path of each on stdout. Returns what the JSON has of them.
-
-    One bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding; none
-    with --json, and none where stderr is no terminal.
-    """
-    from tqdm import tqdm
-
-    made, single = [], len(jobs) == 1
-    steps = len(settings["sigmas"][1:] if settings["sigmas"] else range(settings["steps"] or svd.generation.steps))
-    shown = say and sys.stderr.isatty()
-    with tqdm(total=len(jobs), desc="videos", unit="video", disable=single or not shown) as bar:
-        for job in jobs:
-            started = time.perf_counter()
-            show = partial(show_step, bar, f"{steps}, seed {job.seed}, {job.image.name}")
-            video = svd(job.image, seed=job.seed, callback=show, progress=single and shown, **settings)
-            video.enlarged(zoom).save(job.path)
-            seconds = round(time.perf_counter() - started, 3)
-            made.append({"image": str(job.image), "seed": job.seed, "path": str(job.path), "seconds": seconds})
-            bar.update()
-            if say:
-                with bar.external_write_mode():
-                    print(job.path, flush=True)
-    return made
-
-
-def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job], size: tuple[int, int], fit: str) -> None:
+def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job]) -> None:
     """One line, if the model that ships is given pictures of another kind than the one that it was trained on."""
     from .images import load_image
     from .pipeline import FAMILIAR
 
-    images = {job.image for job in jobs} if svd.ships else set()
-    strange = sorted(path for path in images if svd.familiarity(load_image(path, size, fit)) < FAMILIAR)
+    images = {job.image: job.settings for job in jobs} if svd.ships else {}
+    seen = {path: load_image(path, given["size"], given["fit"]) for path, given in images.items()}
+    strange = sorted(path for path, image in seen.items() if svd.familiarity(image) < FAMILIAR)
     if strange:
         more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
         about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
         tell(f"minisvd: {strange[0]}{more} {about}; for photos: --model svd-xt, the official weights")
-
-
-def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
-    """Write beside the bar over the videos which step the present one has taken."""
-    bar.set_postfix_str(f"step {step} of {rest}")
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
@@ -251,21 +226,25 @@ def account(args: argparse.Namespace) -> None:
 # --- what all need -----------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace) -> StableVideoDiffusion:
-    """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
+def place(args: argparse.Namespace) -> tuple[str, str]:
+    """--device, or the first there is, of torchrun's ranks each its own; and --dtype. Raises what `load` raises."""
     import torch
 
     from .checkpoint import checked_device
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "")
+    device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return device, args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
+
+
+def load(args: argparse.Namespace, offline: bool | None = None) -> StableVideoDiffusion:
+    """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
     from .pipeline import load
 
-    if args.device is not None:
-        device = args.device
-    elif torch.cuda.is_available():
-        device = "cuda"
-    else:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
-    source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
+    device, dtype = place(args)
+    source = {"variant": args.variant, "revision": args.revision, "offline": offline or args.offline}
     source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
     return load(args.model, device=device, dtype=dtype, **source)
 
@@ -354,13 +333,19 @@ def parser() -> Parser:
     command = new(generate, [model, placed], "make a video from each image")
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
-    add("image", nargs="+", type=Path, metavar="IMAGE", help=images)
+    add("image", nargs="*", type=Path, metavar="IMAGE", help=images)
+    rows = (
+        "a .jsonl or .csv file, a video a line: image, and where they differ name and settings (num_frames, seed, ...)"
+    )
+    add("--manifest", type=Path, metavar="M", help=rows)
     out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
 or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
     add("-o", "--output", required=True, type=Path, metavar="OUT", help=out)
     name = "names in the folder OUT, with the same placeholders (default: {stem}.mp4, with --seeds {stem}-{seed}.mp4)"
     add("--name-template", metavar="T", help=name)
-    add("--skip-existing", action="store_true", help="make only what is not there yet, to go on after an interruption")
+    add("--skip-existing", action="store_true", help="make only what is not there, whatever it was made with")
+    add("--no-sidecar", action="store_true", help="write no VIDEO.json, by which a second run knows what is finished")
+    add("--fail-fast", action="store_true", help="end at the first image that is none, where others would be made")
     add("--frames", dest="num_frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--fit", choices=CHOICES["fit"], default="crop", help="how an image of another shape gets there")
