@@ -95,7 +95,7 @@ def generate(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     store, first = join()
     device, dtype = place(args)
-    about = {"model": args.model, "device": device, "versions": versions()}
+    about = {"model": args.model, "device": device, "rank": int(os.environ.get("RANK", 0)), "versions": versions()}
     jobs, report = prepare(args, dtype, sentence, tell) if first else ([], {})
     if first:
         publish(store, jobs)

@@ -240,7 +240,9 @@ def prepare(
     unnamed = len(rows) + sum(not name for _, name, _ in listed)
     folder, template = naming(args.output, template, default, unnamed, len(seeds))
     jobs = plan(rows + [(image, name or template, own) for image, name, own in listed], seeds, folder, template)
-    given = {name: getattr(args, name) for name in ("sigmas", *SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
+    given: dict[str, Any] = {
+        name: getattr(args, name) for name in ("sigmas", *SETTINGS, *CHOICES) if name not in ("seed", "zoom")
+    }
     given = {name: value[0] if name in PER_IMAGE else value for name, value in check_settings(**given).items()}
     given |= {"sigmas": args.sigmas and given["sigmas"].tolist(), "zoom": args.zoom}
     check_zoom(args.zoom, args.size or (1, 1))

@@ -162,7 +162,7 @@ def test_bars_are_drawn_on_a_terminal_and_never_beside_json(
     argv = ["generate", photo.name, "-o", "clip.gif", "--model", str(tiny_folder), *FAST]
     assert main(argv) == 0
     assert "denoising" in capsys.readouterr().err
-    assert main([*argv, "--json"]) == 0
+    assert main([*argv, "--json", "-o", "other.gif"]) == 0
     assert capsys.readouterr().err == ""
     assert main(["verify", "--model", str(tiny_folder), "--json"]) == 0
     assert capsys.readouterr().err == ""
