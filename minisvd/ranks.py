@@ -8,13 +8,14 @@ torchrun --max-restarts begins by itself, makes what is not finished.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed import HashStore, Store, is_torchelastic_launched
+from torch.distributed import HashStore, PrefixStore, Store, is_torchelastic_launched
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
@@ -31,8 +32,8 @@ def join() -> tuple[Store, bool]:
     """The store of this run, and whether this process is the first of it."""
     if not is_torchelastic_launched():
         return HashStore(), True
-    store, rank, _ = next(rendezvous("env://"))
-    return store, rank == 0
+    store, rank, _ = next(rendezvous("env://"))  # which outlives a restart, after which counting begins anew
+    return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store), rank == 0
 
 
 def publish(store: Store, jobs: list[Job]) -> None:
