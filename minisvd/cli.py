@@ -156,32 +156,29 @@ def info(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every cross-attention of a UNet, in float64 on the CPU. Returns 1 if one is not its linear map, else 0."""
-    from tqdm import tqdm
-
+    """Check every cross-attention of a UNet, in float64 on the CPU. Returns 1 if one is not trivial, else 0."""
     from .attention import CachedCondLinear
-    from .checkpoint import load_unet
-    from .triviality import check_site, cross_attentions, table
+    from .sites import check_model, load_any
 
-    unet = load_unet(args.model, variant=args.variant, revision=args.revision, offline=args.offline, copy=True)
-    attentions = cross_attentions(unet)
-    bar = tqdm(attentions.items(), desc="sites", leave=False, disable=args.json or None)
-    sites = [check_site(name, attention) for name, attention in bar]
-    holding = sum(site.holds for site in sites)
-    parameters = sum(p.numel() for p in unet.parameters())
+    unet, keys = load_any(args.model, variant=args.variant, revision=args.revision, offline=args.offline, copy=True)
+    vcut = getattr(unet.config, "vcut", False)
+    keys = keys if args.keys is None else args.keys
+    found = check_model(unet, keys=keys, progress=not args.json) if vcut is False else None
     if args.json:
-        rows = [asdict(site) | {"holds": site.holds} for site in sites]
-        dead = sum(site.report.dead.numel for site in sites)
-        report = {"model": args.model, "vcut": unet.config.vcut, "sites": rows, "hold": holding}
-        print(json.dumps({**report, "parameters": parameters, "dead_parameters": dead, "versions": versions()}))
-    elif not sites:
+        sites = [
+            asdict(site) | {"finding": site.finding, "holds": site.holds} for site in (found and found.sites) or ()
+        ]
+        totals = {"hold": sum(site["holds"] for site in sites), "parameters": sum(p.numel() for p in unet.parameters())}
+        totals["dead_parameters"] = sum(sum(site["dead"].values()) for site in sites)
+        print(json.dumps({"model": args.model, "vcut": vcut, "sites": sites, **totals, "versions": versions()}))
+    elif found is None:
         linear = sum(isinstance(module, CachedCondLinear) for module in unet.modules())
         are = "linear maps already" if unet.config.cross_attention_dim else "biases: a constant key was folded in"
-        built = f"the UNet is built with vcut={unet.config.vcut!r}, {linear} sites are {are}"
+        built = f"the UNet is built with vcut={vcut!r}, {linear} sites are {are}"
         print(f"nothing to check: {built}; give the model that it was converted from")
     else:
-        print(table(sites, parameters))
-    return int(holding < len(sites))
+        print(found)
+    return int(found is not None and not found.holds)
 
 
 # --- account ------------------------------------------------------------------------------------------------------
@@ -317,7 +314,7 @@ def parser() -> Parser:
     placed = Parser(add_help=False)
     group = placed.add_argument_group("placement")
     group.add_argument("--device", metavar="D", help="such as cuda, cuda:1, mps or cpu (default: the first there is)")
-    group.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
+    group.add_argument("--dtype", choices=(*DTYPES, "auto"), help="auto: half where it is fast (default: on cuda)")
     vcut = "cross-attentions as released (off), folded (lossless), folded and those along time omitted (on)"
     group.add_argument("--vcut", choices=VCUT, help=f"{vcut} (default: as the model was saved)")
 
@@ -368,7 +365,9 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
 
     new(info, [model, placed], "load a model and say what it is made of")
-    new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
+    command = new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
+    keys = "keys to give a UNet of another architecture (default: as its text encoder, or 1)"
+    command.add_argument("--keys", type=int, metavar="K", help=keys)
 
     command = new(account, [], "count parameters and multiply-accumulates of a UNet, without its weights")
     add = command.add_argument

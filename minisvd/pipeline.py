@@ -180,7 +180,8 @@ class StableVideoDiffusion:
         width, height = chosen["size"]
         self.check_size((width, height))
         self.check_parts()
-        sigmas = SIGMAS[given["schedule"]](chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
+        levels_of = SIGMAS[given["schedule"]]
+        noise_levels: Tensor = levels_of(chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
         if callback is not None and not callable(callback):
             raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
         if isinstance(image, list) and not image:
@@ -199,10 +200,11 @@ class StableVideoDiffusion:
         noise = drawn("noise", noise, shape, generators)
 
         stop, start = given["guidance_interval"] or (0.0, math.inf)
-        guide, videos = GuidanceSchedule(*chosen["guidance"], given["cut_step"], given["stage2"], start, stop), []
+        staged: dict[str, Any] = {name: given[name] for name in ("cut_step", "stage2")} | {"start": start, "stop": stop}
+        guide, videos = GuidanceSchedule(*chosen["guidance"], **staged), []
         for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
-            latents = self.sample(*inputs, sigmas=sigmas, schedule=guide, callback=callback, progress=progress)
+            latents = self.sample(*inputs, sigmas=noise_levels, schedule=guide, callback=callback, progress=progress)
             blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
             with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
                 frames = self.vae.decode(latents, chosen["decode_chunk"], callback=bar.update)
@@ -346,13 +348,15 @@ def load(
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
+    `dtype` "auto" is the fast half precision of the device, if it has one (`checkpoint.checked_dtype`).
     `vcut` is the UNet's build (see `SpatioTemporalUNet`): False as released, "lossless" the same function with each
     cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
     files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before. Weights that
     need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
-    dtype, device = checked_dtype(dtype), checked_device(device)  # before anything is downloaded
+    device = checked_device(device)  # before anything is downloaded
+    dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

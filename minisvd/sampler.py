@@ -113,9 +113,10 @@ class GuidanceSchedule:
         """Does stage one run both branches?"""
         return not self.min_scale == self.max_scale == 1
 
-    def stage(self, step: int, sigma: float) -> int:
+    def stage(self, step: int, sigma: float | Tensor) -> int:
         """1 before the cut step and inside the interval, else 2."""
-        inside = self.stop < sigma <= self.start
+        everywhere = self.stop == 0 and self.start == math.inf  # then the level is not asked for: it may be on a device
+        inside = everywhere or self.stop < float(sigma) <= self.start
         return 1 if inside and (self.cut_step is None or step < self.cut_step) else 2
 
     def scales(self, num_frames: int) -> Tensor:
@@ -162,7 +163,7 @@ def guided_denoiser(
     stages = {1: guided if schedule.guides else conditional, 2: shared}
 
     def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        return stages[schedule.stage(step, float(sigma))](x, sigma)
+        return stages[schedule.stage(step, sigma)](x, sigma)
 
     return denoise
 

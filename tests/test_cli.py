@@ -76,6 +76,7 @@ def test_generate_writes_what_the_library_gives(
     assert capsys.readouterr().out == "frames\n"
 
 
+@pytest.mark.slow
 def test_noise_levels_and_where_they_are_guided_are_settings_too(
     tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_json_is_one_object_that_says_how_to_do_it_again(
     assert report["versions"]["minisvd"] == minisvd.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "written"), [("clip.gif", "clip.gif"), ("{stem}-a.webp", "photo-a.webp"), ("old", "old/photo.mp4")]
 )

@@ -57,6 +57,7 @@ def read_by_vbench_i2v(folder: Path, prompt: str) -> list[str]:
 # --- what works -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_video_is_what_its_image_and_seed_give_alone(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
