@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +28,6 @@ from .config import CHOICES, DTYPES, SETTINGS, VCUT, check
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .jobs import Job
     from .pipeline import StableVideoDiffusion
 
 LONGEST_RANGE = 10_000  # seeds; more is a typing error, not a wish
@@ -37,6 +36,9 @@ OUT_OF_MEMORY = "out of memory: try --decode-chunk 1, a smaller --size, fewer --
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own) and return its exit status: 0, 1, 2 or 130."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(re.fullmatch("(--[^=]+=)?", argument) for argument in argv):  # '' would be the current folder
+        return complain("one of the arguments is empty: give it a value, or leave it out")
     args = parser().parse_args(argv)
     warned: set[str] = set()
 
@@ -86,52 +88,30 @@ def complain(sentence: str) -> int:
 def generate(args: argparse.Namespace) -> int:
     """A video for each image and seed. Prints their paths, or with --json one object that says how they were made.
 
-    Returns 1 if some of several could not be made. Under torchrun all ranks make videos, and the first one plans and
-    sums up.
+    Returns 1 if some of several could not be made. Under torchrun all ranks make videos; the first plans and sums up.
     """
-    from .jobs import prepare
-    from .ranks import join, publish, work
+    from .jobs import gather
+    from .ranks import join, work
 
     began = time.perf_counter()
-    store, first = join()
+    store, rank = join()
     device, dtype = place(args)
-    about = {"model": args.model, "device": device, "rank": int(os.environ.get("RANK", 0)), "versions": versions()}
-    jobs, report = prepare(args, dtype, sentence, tell) if first else ([], {})
-    if first:
-        publish(store, jobs)
-
-    @cache
-    def model() -> StableVideoDiffusion:
-        svd = load(args, offline=args.offline or first)  # what is to be downloaded was, when they were planned
-        tell_strangers(svd, jobs)
-        return svd
-
-    about = None if args.no_sidecar else about
-    ends = work(store, model, sentence, tell, about, first=first, say=not args.json, fail_fast=args.fail_fast)
-    if not first:
+    if rank == 0:
+        batches, made, given = gather(args, dtype)
+        store.set("plan", json.dumps([batches, made]))
+    about = {"model": args.model, "device": device, "rank": rank, "versions": versions()}
+    ends = work(args, store, rank, cache(partial(load, args)), about)
+    if rank != 0:
         return 0
-    videos = [end for end in ends if "error" not in end]
-    failed = report.pop("failed") + [end for end in ends if "error" in end]
-    if len(ends) + len(failed) + len(report["skipped"]) > 1:
-        tell(f"minisvd: {len(videos)} made, {len(failed)} failed, {len(report['skipped'])} skipped")
+    states = Counter(end["state"] for end in ends)
+    if len(ends) > 1 or "made" not in states:
+        tell(f"minisvd: of {len(ends)} videos {', '.join(f'{n} {state}' for state, n in sorted(states.items()))}")
     if args.json:
-        report |= {"videos": videos, "failed": failed, "device": device, "dtype": dtype}
+        report = {"model": args.model, "device": device, "dtype": dtype, "frames": given.pop("num_frames"), **given}
+        report |= {"videos": [end for end in ends if "seconds" in end], "failed": [e for e in ends if "error" in e]}
+        report |= {"skipped": [end["path"] for end in ends if not {"seconds", "error"} & end.keys()]}
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
-    return int(bool(failed))
-
-
-def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job]) -> None:
-    """One line, if the model that ships is given pictures of another kind than the one that it was trained on."""
-    from .images import load_image
-    from .pipeline import FAMILIAR
-
-    images = {job.image: job.settings for job in jobs} if svd.ships else {}
-    seen = {path: load_image(path, given["size"], given["fit"]) for path, given in images.items()}
-    strange = sorted(path for path, image in seen.items() if svd.familiarity(image) < FAMILIAR)
-    if strange:
-        more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
-        about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
-        tell(f"minisvd: {strange[0]}{more} {about}; for photos: --model svd-xt, the official weights")
+    return int("failed" in states)
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
@@ -227,21 +207,22 @@ def place(args: argparse.Namespace) -> tuple[str, str]:
     """--device, or the first there is, of torchrun's ranks each its own; and --dtype. Raises what `load` raises."""
     import torch
 
-    from .checkpoint import checked_device
+    from .checkpoint import checked_device, checked_dtype
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "")
     device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return device, args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
+    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    return device, str(checked_dtype(dtype, checked_device(device))).removeprefix("torch.")
 
 
-def load(args: argparse.Namespace, offline: bool | None = None) -> StableVideoDiffusion:
+def load(args: argparse.Namespace) -> StableVideoDiffusion:
     """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
     from .pipeline import load
 
     device, dtype = place(args)
-    source = {"variant": args.variant, "revision": args.revision, "offline": offline or args.offline}
+    source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
     source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
     return load(args.model, device=device, dtype=dtype, **source)
 
@@ -325,15 +306,14 @@ def parser() -> Parser:
     def new(run: Callable[[argparse.Namespace], int | None], parents: list[Parser], about: str) -> Parser:
         command = commands.add_parser(run.__name__, parents=parents, help=about, description=about, allow_abbrev=False)
         command.set_defaults(run=run)
+        command._negative_number_matcher = re.compile(r"-\.?\d")  # -1e0 is one, too, as it is from Python 3.14 on
         return command
 
     command = new(generate, [model, placed], "make a video from each image")
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
     add("image", nargs="*", type=Path, metavar="IMAGE", help=images)
-    rows = (
-        "a .jsonl or .csv file, a video a line: image, and where they differ name and settings (num_frames, seed, ...)"
-    )
+    rows = "a .jsonl or .csv file, a row a video: image, and if they differ name and settings (num_frames, seed, ...)"
     add("--manifest", type=Path, metavar="M", help=rows)
     out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
 or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
@@ -342,6 +322,8 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--name-template", metavar="T", help=name)
     add("--skip-existing", action="store_true", help="make only what is not there, whatever it was made with")
     add("--no-sidecar", action="store_true", help="write no VIDEO.json, by which a second run knows what is finished")
+    batch = "videos at a time: faster on a GPU, and what each is alone only to rounding (default: 1)"
+    add("--batch", type=int, default=1, metavar="N", help=batch)
     add("--fail-fast", action="store_true", help="end at the first image that is none, where others would be made")
     add("--frames", dest="num_frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")

@@ -1,4 +1,4 @@
-"""Many videos, by one process or by many: jobs have numbers, and whoever is free takes the next.
+"""Many videos, by one process or by many: batches have numbers, and whoever is free takes the next.
 
 The numbers are a counter in torch.distributed's store, which torchrun keeps; a process that is alone has a store of its
 own. Each rank writes its videos whole and tells the store; one that dies takes none of them along, and a rerun, which
@@ -11,98 +11,121 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch.distributed import HashStore, PrefixStore, Store, is_torchelastic_launched
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from .jobs import Job, digest, write_record
-from .video import check_output
-
-if TYPE_CHECKING:
-    from .pipeline import StableVideoDiffusion
+from .cli import sentence, tell
+from .images import load_image, open_image
+from .jobs import Job, digest, record_of, state
+from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
+from .video import check_output, is_written, replacing
 
 POLL = 0.1  # seconds between looks at what the others do
+STRANGE = (
+    "is not what the small model knows, drawings of one shape on a plain ground, and will become a blur; for photos: "
+    "--model svd-xt, the official weights"
+)
 
 
-def join() -> tuple[Store, bool]:
-    """The store of this run, and whether this process is the first of it."""
+def join() -> tuple[Store, int]:
+    """The store of this run, and the rank of this process in it."""
     if not is_torchelastic_launched():
-        return HashStore(), True
+        return HashStore(), 0
     store, rank, _ = next(rendezvous("env://"))  # which outlives a restart, after which counting begins anew
-    return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store), rank == 0
-
-
-def publish(store: Store, jobs: list[Job]) -> None:
-    """Say what there is to do, on the first rank."""
-    for number, job in enumerate(jobs):
-        store.set(f"job {number}", json.dumps(job))
-    store.set("jobs", str(len(jobs)))
+    return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store), rank
 
 
 def work(
-    store: Store,
-    model: Callable[[], StableVideoDiffusion],
-    explain: Callable[[Exception], str],
-    tell: Callable[[str], None],
-    about: dict[str, Any] | None,
-    *,
-    first: bool,
-    say: bool,
-    fail_fast: bool,
-) -> list[dict[str, Any]]:
-    """Make what is published until nothing is left, and `say` the path of each video on stdout. Returns what each job
-    came to, on the first rank, which waits for the others; elsewhere nothing.
+    args: Namespace, store: Store, rank: int, model: Callable[[], StableVideoDiffusion], about: dict[str, Any]
+) -> list[Job]:
+    """Make what is planned until nothing is left, and say the path of each video on stdout. Returns the jobs with what
+    they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing.
 
-    `explain` says in a sentence what a user has got wrong: that fails one job; a bug, or any error with `fail_fast` or
-    in the only job, ends the run. Records hold `about` besides; None: there are none. One bar shows the progress of
-    several videos; of a single one, a bar for the steps and another for decoding; if `say`, and stderr is a terminal.
+    What a user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One
+    bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding; none with
+    --json, and none where stderr is no terminal. Records hold `about` besides.
     """
-    while not store.check(["jobs"]):
+    while not store.check(["plan"]):
         time.sleep(POLL)  # and not inside the store, where no signal is heard
-    total = int(store.get("jobs"))
-    shown, single = first and say and sys.stderr.isatty(), total == 1
-    with tqdm(total=total, desc="videos", unit="video", disable=single or not shown) as bar:
-        while (number := store.add("taken", 1) - 1) < total:
-            job, svd = Job(*json.loads(store.get(f"job {number}"))), model()
-            result = {"image": job.image, "seed": job.seed, "path": job.path}
+    batches, made = json.loads(store.get("plan"))
+    total, shown = sum(map(len, batches)), rank == 0 and not args.json and sys.stderr.isatty()
+    with tqdm(total=total, desc="videos", unit="video", disable=total == 1 or not shown) as bar:
+
+        def attempt(jobs: list[Job]) -> None:
             try:
-                result |= {"seconds": make(svd, job, about, bar, single and shown)}
+                make(jobs, args, store, model, made, about, bar, progress=shown and total == 1)
             except Exception as error:
-                if single or fail_fast or not (why := explain(error)):
+                if total == 1 or args.fail_fast or not (why := sentence(error)):
                     raise
-                result |= {"error": why}
-                tell(f"minisvd: error: {job.path} is not made: {why}")
-            store.set(f"result {number}", json.dumps(result))
-            bar.update(store.add("results", 1) - bar.n)
-            if say and "error" not in result:
-                with bar.external_write_mode():
-                    print(job.path, flush=True)
-        while first and (done := store.add("results", 0)) < total:
+                for job in jobs if jobs[1:] else []:
+                    attempt([job])
+                if not jobs[1:]:
+                    jobs[0] |= {"state": "failed", "error": why}
+                    tell(f"minisvd: error: {jobs[0]['path']} is not made: {why}")
+
+        while (number := store.add("taken", 1) - 1) < len(batches):
+            attempt(batches[number])
+            store.set(f"batch {number}", json.dumps(batches[number]))
+            bar.update(store.add("ended", len(batches[number])) - bar.n)
+            with bar.external_write_mode():
+                for path in [job["path"] for job in batches[number] if "seconds" in job and not args.json]:
+                    print(path, flush=True)
+        while rank == 0 and (done := store.add("ended", 0)) < total:
             bar.update(done - bar.n)
             time.sleep(POLL)
         bar.update(total - bar.n)
-    return [json.loads(store.get(f"result {number}")) for number in range(total)] if first else []
+    return [job for number in range(len(batches) * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
 
 
-def make(svd: StableVideoDiffusion, job: Job, about: dict[str, Any] | None, bar: tqdm, progress: bool) -> float:
-    """One video and its record. Returns the seconds, and raises what the call and `Video.save` raise."""
-    path, began, settings = check_output(job.path), time.perf_counter(), job.settings
-    steps = len(settings["sigmas"]) - 1 if settings["sigmas"] else settings["steps"]
+def make(
+    jobs: list[Job],
+    args: Namespace,
+    store: Store,
+    model: Callable[[], StableVideoDiffusion],
+    made: dict[str, Any],
+    about: dict[str, Any],
+    bar: tqdm,
+    progress: bool,
+) -> None:
+    """Make of a batch what is not there, as one call, and write it with its records, each file whole or not at all.
 
-    def show(step: int, *_: object) -> None:
-        bar.set_postfix_str(f"step {step} of {steps}, seed {job.seed}, {Path(job.image).name}")
-
-    zoom = settings.pop("zoom")
-    video = svd(job.image, seed=job.seed, callback=show, progress=progress, **settings)
-    computed = time.perf_counter()
-    video.enlarged(zoom).save(path)
-    ended = time.perf_counter()
-    if about is not None:
-        seconds = {"compute": round(computed - began, 3), "write": round(ended - computed, 3)}
-        made = {"image": job.image, "made": job.made, "video_sha256": digest(path)}
-        write_record(path, made | about | {"seconds": seconds})
-    return round(ended - began, 3)
+    Raises what any job of it raises; what was written before that has its `seconds`.
+    """
+    ready, began = [], time.perf_counter()
+    for job in jobs:
+        path, settings = Path(job["path"]), job["settings"]
+        if args.skip_existing and is_written(path):
+            job["state"] = job.get("state", "skipped, which exist")
+        elif "seconds" not in job:
+            picture = open_image(job["image"])
+            used = settings | made | {"image": digest(Path(job["image"]))}
+            del used["decode_chunk"]  # which decides nothing
+            job["state"] = "made" if args.no_sidecar else state(path, used)
+            if not job["state"].startswith("skipped"):
+                check_output(path)
+                ready.append((job, used, load_image(picture, settings["size"], settings["fit"])))
+    if not ready:
+        return
+    svd, name = model(), ready[0][0]["image"]
+    if svd.ships and min(svd.familiarity(image) for *_, image in ready) < FAMILIAR and store.add("strange", 1) == 1:
+        tell(f"minisvd: {name} {STRANGE}")
+    settings = ready[0][0]["settings"] | {name: [used[name] for _, used, _ in ready] for name in PER_IMAGE}
+    zoom, show = settings.pop("zoom"), lambda step, *_: bar.set_postfix_str(f"step {step}, {name}")
+    videos = svd(torch.cat([image for *_, image in ready]), callback=show, progress=progress, **settings)
+    compute = (time.perf_counter() - began) / len(ready)
+    for (job, used, _), video in zip(ready, videos, strict=True):
+        path, began = Path(job["path"]), time.perf_counter()
+        video.enlarged(zoom).save(path)
+        seconds = {"compute": compute, "write": time.perf_counter() - began}
+        if not args.no_sidecar:
+            record = {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
+            with replacing(record_of(path)) as part:
+                part.write_text(json.dumps(record | about | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
+        job["seconds"] = round(sum(seconds.values()), 3)
