@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:  # whoever read stdout has gone
             raise
         except Exception as error:
-            if not (said := sentence(error)):
-                raise
-            return complain(said)
+            if said := sentence(error):
+                return complain(said)
+            raise
 
 
 def sentence(error: Exception) -> str:
@@ -119,14 +119,14 @@ def generate(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> None:
     """Load a model and say what it is: source, layout, parameters of each part, and the settings it comes with."""
-    svd = load(args)
+    svd, (device, dtype) = load(args), place(args)
     parts = {name: sum(p.numel() for p in getattr(svd, name).parameters()) for name in ("unet", "vae", "clip")}
     generation = asdict(svd.generation)
     if args.json:
-        report = {"source": svd.source, "layout": svd.layout, **placement(svd), "parameters": parts}
+        report = {"source": svd.source, "layout": svd.layout, "device": device, "dtype": dtype, "parameters": parts}
         print(json.dumps(report | {"generation": generation, "versions": versions()}))
         return
-    rows = {"source": svd.source, "layout": svd.layout, **placement(svd)}
+    rows = {"source": svd.source, "layout": svd.layout, "device": device, "dtype": dtype}
     rows |= {name: f"{count:,} parameters" for name, count in {**parts, "total": sum(parts.values())}.items()}
     for name, value in (rows | generation).items():
         print(f"{name:<14}{value}")
@@ -227,12 +227,6 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     return load(args.model, device=device, dtype=dtype, **source)
 
 
-def placement(svd: StableVideoDiffusion) -> dict[str, str]:
-    """Where the model is and what its numbers are."""
-    weight = next(svd.unet.parameters())
-    return {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
-
-
 def versions() -> dict[str, str]:
     """Of this package and of what decides its numbers."""
     import torch
@@ -313,8 +307,7 @@ def parser() -> Parser:
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
     add("image", nargs="*", type=Path, metavar="IMAGE", help=images)
-    rows = "a .jsonl or .csv file, a row a video: image, and if they differ name and settings (num_frames, seed, ...)"
-    add("--manifest", type=Path, metavar="M", help=rows)
+    add("--manifest", type=Path, metavar="M", help="a .jsonl or .csv file, a row a video: image, name, any setting")
     out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
 or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
     add("-o", "--output", required=True, type=Path, metavar="OUT", help=out)
@@ -322,9 +315,8 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--name-template", metavar="T", help=name)
     add("--skip-existing", action="store_true", help="make only what is not there, whatever it was made with")
     add("--no-sidecar", action="store_true", help="write no VIDEO.json, by which a second run knows what is finished")
-    batch = "videos at a time: faster on a GPU, and what each is alone only to rounding (default: 1)"
-    add("--batch", type=int, default=1, metavar="N", help=batch)
-    add("--fail-fast", action="store_true", help="end at the first image that is none, where others would be made")
+    add("--batch", type=int, default=1, metavar="N", help="videos at a time; each is what it is alone to rounding")
+    add("--fail-fast", action="store_true", help="end at the first video that cannot be made")
     add("--frames", dest="num_frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--fit", choices=CHOICES["fit"], default="crop", help="how an image of another shape gets there")

@@ -20,7 +20,7 @@ from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import CHOICES, SETTINGS, VCUT, check, shown
+from .config import CHOICES, MANY, SETTINGS, VCUT, check, shown
 from .video import check_output, check_zoom, is_written
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
 NAMES = ("sigmas", *SETTINGS, *CHOICES)  # of the settings that a row of a manifest may have
-
-
 Job = dict[str, Any]  # image, seed, path and settings; at the end also its state, and seconds or an error
 Row = tuple[Path, str, dict[str, Any]]  # an image, the name of its video or "", and settings of its own
 
@@ -47,8 +45,7 @@ def find_images(given: list[Path]) -> list[Path]:
     extensions = {name for name, kind in Image.registered_extensions().items() if kind in FORMATS}
     images = []
     for path in given:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        inside = [p for p in inside if p.is_file() and not p.name.startswith(".")]
+        inside = [p for p in sorted(path.iterdir()) if p.is_file() and p.name[0] != "."] if path.is_dir() else []
         found = [p for p in inside if p.suffix.lower() in extensions and not read_record(p)]
         for p in inside:
             if p.suffix.lower() not in extensions and (guess_type(p.name)[0] or "").startswith("image/"):
@@ -86,10 +83,8 @@ def read_manifest(path: Path) -> list[Row]:
 
 
 def as_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings in plain form, as JSON has them; a string for a number, as a .csv has it, is read as JSON.
-
-    Raises ValueError for a name that is none, or a value that cannot be.
-    """
+    """Settings in plain form, as JSON has them; a string for a number, as a .csv has it, is read as JSON. Raises
+    ValueError for a name that is none, or a value that cannot be."""
     from .pipeline import checked_sigmas
 
     settings = {}
@@ -103,39 +98,23 @@ def as_settings(given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def naming(output: Path, template: str | None, default: str, images: int, seeds: int) -> tuple[Path, str]:
-    """The folder that the videos go to, and the template of their names in it.
-
-    `template` itself, in the folder `output`; or if it is None, `default` in that folder; or `output` if it is none.
-    Raises ValueError for a template that no video, or only one of several, could be named by, and FileNotFoundError for
-    one without its folder.
-    """
-    folder, remedy = output, ""
-    if template is not None:
-        if not template or Path(template).name != template:
-            raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
-        if not output.is_dir():
-            raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
-    elif output.is_dir():
-        template = default
-    else:
-        folder, template, remedy = Path(), str(output), "give an existing folder, or "
+def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]:
+    """The folder that the videos go to, and the template of their names in it: `template`, or if it is None `default`,
+    in the folder `output`; or `output` itself, if it is none. Raises ValueError or FileNotFoundError for others."""
+    if template is not None and (not template or Path(template).name != template):
+        raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
+    if template is not None and not output.is_dir():
+        raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
+    folder, template = (output, template or default) if output.is_dir() else (Path(), str(output))
     for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
         if placeholder not in PLACEHOLDERS:
             raise ValueError(f"{placeholder} in {template} means nothing: use {', '.join(PLACEHOLDERS)}")
-    if images > 1 and "{stem}" not in template:
-        raise ValueError(f"{template} is one name for {images} images: {remedy}put {{stem}} in it")
-    if seeds > 1 and "{seed}" not in template and "{index}" not in template:
-        raise ValueError(f"{template} is one name for {seeds} seeds: {remedy}put {{seed}} in it")
     return folder, template
 
 
 def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_existing: bool = False) -> list[Job]:
     """What is asked for, row by row and seed by seed. A row's own name is the template of its videos in the folder.
-
-    Raises what `check_output` raises, and ValueError where a video would replace another, one of the images, or lie
-    outside of its folder.
-    """
+    Raises what `check_output` raises, and ValueError where one would replace another or an image, or lie outside."""
     jobs, taken, sources = [], set(), {image.resolve() for image, _, _ in rows}
     for image, name, own in rows:
         for index, seed in enumerate([own["seed"]] if "seed" in own else seeds):
@@ -145,7 +124,8 @@ def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_ex
             if not (is_written(path) and (skip_existing or read_record(path))):  # else it may be left alone
                 check_output(path)
             if path in taken:
-                raise ValueError(f"two images would be written to {path}: rename one, or run them one by one")
+                remedy = "give an existing folder, rename an image, or name by {stem} and {seed}"
+                raise ValueError(f"two videos would be written to {path}: {remedy}")
             if path.resolve() in sources:
                 raise ValueError(f"{path} is one of the images: choose another output")
             taken.add(path)
@@ -169,13 +149,13 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
     from .images import open_image
     from .pipeline import OPTIONAL, PER_IMAGE
 
-    rows, listed = [(i, "", {}) for i in find_images(args.image)], read_manifest(args.manifest) if args.manifest else []
+    listed = read_manifest(args.manifest) if args.manifest else []
+    rows: list[Row] = [(image, "", {}) for image in find_images(args.image)]
     if not rows + listed:
         raise ValueError("there is nothing to make: name an image, a folder of images, or a --manifest with rows")
     seeds, default = (args.seeds, "{stem}-{seed}.mp4") if args.seeds else ([args.seed or 0], "{stem}.mp4")
     template = default if listed and args.name_template is None else args.name_template
-    unnamed = len(rows) + sum(not name for _, name, _ in listed)
-    folder, template = naming(args.output, template, default, unnamed, len(seeds))
+    folder, template = naming(args.output, template, default)
     rows += [(image, name or template, own) for image, name, own in listed]
     jobs = plan(rows, seeds, folder, template, args.skip_existing)
     given = as_settings({name: value for name in NAMES if (value := getattr(args, name)) is not None})
@@ -187,10 +167,14 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
     for job in jobs:
         job["settings"] = given | job["settings"]
         check_zoom(job["settings"]["zoom"], job["settings"]["size"])
+        record = record_of(Path(job["path"]))
+        if not args.no_sidecar and os.path.lexists(record) and not read_record(record.with_suffix("")):
+            raise FileExistsError(f"{record} is there and no record of a video: move it, or add --no-sidecar")
     made = {"dtype": dtype, "vcut": weights.configs["unet"].vcut if args.vcut is None else VCUT[args.vcut]}
     if not args.no_sidecar:
         hashes = {path: digest(path) for path in set(weights.files.values())}
         made["weights"] = {part: hashes[path] for part, path in weights.files.items()}
+    MANY.check("batch", args.batch)
     batches = []
     for _, alike in groupby(jobs, lambda job: {k: v for k, v in job["settings"].items() if k not in PER_IMAGE}):
         alike = list(alike)
@@ -213,7 +197,6 @@ def digest(path: Path) -> str:
 
 
 def record_of(path: Path) -> Path:
-    """Where the record of a video lies."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -229,8 +212,7 @@ def state(path: Path, made: dict[str, Any]) -> str:
     """What becomes of a job whose place is `path`, in the words of the summary: a video there is left alone if its
     record says `made`, which decides its frames, and has its hash."""
     record = read_record(path)
-    if not is_written(path) or (record.get("made") == made and record["video_sha256"] != digest(path)):
+    same = record.get("made") == made
+    if not is_written(path) or (same and record["video_sha256"] != digest(path)):
         return "made again, which were broken" if path.is_file() else "made"
-    return (
-        "skipped, finished with the same settings" if record.get("made") == made else "made again with other settings"
-    )
+    return "skipped, finished with the same settings" if same else "made again with other settings"

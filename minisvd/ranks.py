@@ -27,11 +27,9 @@ from .jobs import Job, digest, record_of, state
 from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
 from .video import check_output, is_written, replacing
 
+Model = Callable[[], StableVideoDiffusion]  # loads it, when it is first needed
 POLL = 0.1  # seconds between looks at what the others do
-STRANGE = (
-    "is not what the small model knows, drawings of one shape on a plain ground, and will become a blur; for photos: "
-    "--model svd-xt, the official weights"
-)
+STRANGE = "is not what the small model knows, one shape on a plain ground: take --model svd-xt, the official weights"
 
 
 def join() -> tuple[Store, int]:
@@ -42,25 +40,22 @@ def join() -> tuple[Store, int]:
     return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store), rank
 
 
-def work(
-    args: Namespace, store: Store, rank: int, model: Callable[[], StableVideoDiffusion], about: dict[str, Any]
-) -> list[Job]:
+def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str, Any]) -> list[Job]:
     """Make what is planned until nothing is left, and say the path of each video on stdout. Returns the jobs with what
     they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing.
 
     What a user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One
-    bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding; none with
-    --json, and none where stderr is no terminal. Records hold `about` besides.
+    bar shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`.
     """
     while not store.check(["plan"]):
         time.sleep(POLL)  # and not inside the store, where no signal is heard
-    batches, made = json.loads(store.get("plan"))
+    batches, about["made"] = json.loads(store.get("plan"))
     total, shown = sum(map(len, batches)), rank == 0 and not args.json and sys.stderr.isatty()
     with tqdm(total=total, desc="videos", unit="video", disable=total == 1 or not shown) as bar:
 
         def attempt(jobs: list[Job]) -> None:
             try:
-                make(jobs, args, store, model, made, about, bar, progress=shown and total == 1)
+                make(jobs, args, store, model, about, bar, progress=shown and total == 1)
             except Exception as error:
                 if total == 1 or args.fail_fast or not (why := sentence(error)):
                     raise
@@ -85,27 +80,18 @@ def work(
 
 
 def make(
-    jobs: list[Job],
-    args: Namespace,
-    store: Store,
-    model: Callable[[], StableVideoDiffusion],
-    made: dict[str, Any],
-    about: dict[str, Any],
-    bar: tqdm,
-    progress: bool,
+    jobs: list[Job], args: Namespace, store: Store, model: Model, about: dict[str, Any], bar: tqdm, progress: bool
 ) -> None:
     """Make of a batch what is not there, as one call, and write it with its records, each file whole or not at all.
-
-    Raises what any job of it raises; what was written before that has its `seconds`.
-    """
-    ready, began = [], time.perf_counter()
+    Raises what any job of it raises; what was written before that has its `seconds`."""
+    ready = []
     for job in jobs:
         path, settings = Path(job["path"]), job["settings"]
         if args.skip_existing and is_written(path):
             job["state"] = job.get("state", "skipped, which exist")
         elif "seconds" not in job:
             picture = open_image(job["image"])
-            used = settings | made | {"image": digest(Path(job["image"]))}
+            used = settings | about["made"] | {"image": digest(Path(job["image"]))}
             del used["decode_chunk"]  # which decides nothing
             job["state"] = "made" if args.no_sidecar else state(path, used)
             if not job["state"].startswith("skipped"):
@@ -113,9 +99,10 @@ def make(
                 ready.append((job, used, load_image(picture, settings["size"], settings["fit"])))
     if not ready:
         return
-    svd, name = model(), ready[0][0]["image"]
-    if svd.ships and min(svd.familiarity(image) for *_, image in ready) < FAMILIAR and store.add("strange", 1) == 1:
-        tell(f"minisvd: {name} {STRANGE}")
+    svd, began, name = model(), time.perf_counter(), ready[0][0]["path"]
+    strange = [job["image"] for job, _, image in ready if svd.ships and svd.familiarity(image) < FAMILIAR]
+    if strange and store.add("strange", 1) == 1:
+        tell(f"minisvd: {strange[0]} {STRANGE}")
     settings = ready[0][0]["settings"] | {name: [used[name] for _, used, _ in ready] for name in PER_IMAGE}
     zoom, show = settings.pop("zoom"), lambda step, *_: bar.set_postfix_str(f"step {step}, {name}")
     videos = svd(torch.cat([image for *_, image in ready]), callback=show, progress=progress, **settings)
@@ -125,7 +112,7 @@ def make(
         video.enlarged(zoom).save(path)
         seconds = {"compute": compute, "write": time.perf_counter() - began}
         if not args.no_sidecar:
-            record = {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
+            record = about | {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
             with replacing(record_of(path)) as part:
-                part.write_text(json.dumps(record | about | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
+                part.write_text(json.dumps(record | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
         job["seconds"] = round(sum(seconds.values()), 3)

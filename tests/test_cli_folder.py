@@ -70,7 +70,7 @@ def test_each_video_is_what_its_image_and_seed_give_alone(
     assert out.splitlines() == ["out/a-3", "out/a-0", "out/b-3", "out/b-0"]
     assert len(loads) == 1
     assert "videos: 100%" in err
-    assert "step 1 of 1, seed 3, b.JPG" in err
+    assert "step 1, out/b-3" in err
     assert not any(bar in err for bar in ("denoising", "decoding"))
 
     assert run(tiny_folder, "photos/b.JPG", "-o", "alone", "--seed", "3") == 0
@@ -95,7 +95,7 @@ def test_vbench_i2v_finds_every_video(tiny_folder: Path, photos: Path) -> None:
 
     def names(template: str) -> list[str]:
         jobs = plan([(Path(f"{PROMPT}.png"), "", {})], [7, *range(9, 13)], Path("out"), template)
-        return [Path(job.path).name for job in jobs]
+        return [Path(job["path"]).name for job in jobs]
 
     assert names("{stem}-{index}.mp4") == found
     assert not set(names("{stem}-{seed}.mp4")) & set(found)  # control
@@ -131,7 +131,7 @@ def test_an_interrupted_run_is_finished_by_running_it_again(
     assert run(tiny_folder, *command, "out", "--json") == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert "minisvd: of 4 videos 2 new, 2 skipped, which exist" in err
+    assert "minisvd: of 4 videos 2 made, 2 skipped, which exist" in err
     assert report["skipped"] == ["out/a-0.gif", "out/a-1.gif"]
     assert [(v["image"], v["seed"], v["path"]) for v in report["videos"]] == [
         ("photos/b.JPG", 0, "out/b-0.gif"),
@@ -143,7 +143,7 @@ def test_an_interrupted_run_is_finished_by_running_it_again(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("loaded"))
         assert run(tiny_folder, *command, "out") == 0
-        said = "minisvd: of 4 videos 4 skipped, which exist\nminisvd: 0 made, 0 failed, 4 skipped\n"
+        said = "minisvd: of 4 videos 4 skipped, which exist\n"
         assert capsys.readouterr() == ("", said)
         assert run(tiny_folder, *command, "out", "--json") == 0
         assert json.loads(capsys.readouterr().out)["videos"] == []
@@ -160,8 +160,8 @@ def test_a_folder_of_frames_is_a_video_and_an_empty_one_is_filled() -> None:
     Path("out/b/frame_0000.png").write_bytes(b"png")
     rows = [(Path("photos/a.png"), "", {}), (Path("photos/b.JPG"), "", {})]
     jobs = plan(rows, [0], Path("out"), "{stem}")
-    assert [(job.image, job.path) for job in jobs] == [("photos/a.png", "out/a"), ("photos/b.JPG", "out/b")]
-    assert [state(Path(job.path), {}) for job in jobs] == ["new", "different"]
+    assert [(job["image"], job["path"]) for job in jobs] == [("photos/a.png", "out/a"), ("photos/b.JPG", "out/b")]
+    assert [state(Path(job["path"]), {}) for job in jobs] == ["made", "made again with other settings"]
     Path("out/b/frame_0000.png").rename("out/b/notes.png")
     with pytest.raises(FileExistsError, match="not an empty folder"):
         plan(rows, [0], Path("out"), "{stem}")
@@ -215,10 +215,10 @@ def test_seeds_are_numbers_and_ranges() -> None:
         ("empty -o out", "there are no images in empty itself: give another folder"),
         ("photos photos/inner/none.png -o out --fail-fast", "no image at photos/inner/none.png"),
         ("photos photos/inner/c.png -o out --fail-fast", "photos/inner/c.png is not an image"),
-        ("photos -o clip.mp4", "clip.mp4 is one name for 2 images: give an existing folder, or put {stem} in it"),
-        ("photos -o out --name-template {seed}.mp4", "{seed}.mp4 is one name for 2 images: put {stem} in it"),
-        ("photos/a.png -o clip.mp4 --seeds 0-1", "clip.mp4 is one name for 2 seeds: give an existing folder, or put"),
-        ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "{stem}.mp4 is one name for 2 seeds: put {seed} in"),
+        ("photos -o clip.mp4", "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by {stem} and {seed}"),
+        ("photos -o out --name-template {seed}.mp4", "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by {stem} and {seed}"),
+        ("photos/a.png -o clip.mp4 --seeds 0-1", "two videos would be written to clip.mp4: give an existing folder"),
+        ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "two videos would be written to out/a.mp4"),
         ("photos photos/a.png -o out", "two images would be written to out/a.mp4: rename one"),
         (
             "photos photos/a1.png -o out --seeds 0,10 --name-template {stem}{seed}.gif",

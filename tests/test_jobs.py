@@ -48,13 +48,13 @@ def test_rows_of_a_manifest_are_runs_of_their_own(tiny_folder: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "the manifest jobs.jsonl is empty"),
+        ("", "there is nothing to make"),
         ("[]", "row 1: [] is no object of settings"),
         ('{"image": "photos/a.png"}\n\n{"image"', "jobs.jsonl, row 2: "),
-        ('{"name": "a.mp4"}', "row 1: image is '' and name 'a.mp4'; need the path of an image"),
+        ('{"name": "a.mp4"}', "row 1: image is '' and name 'a.mp4'; need a path, and a file's name"),
         ('{"image": 5}', "image is 5"),
-        ('{"image": "photos/a.png", "step": 5}', "'step' is no setting; use image, name, sigmas, num_frames, steps"),
-        ('{"image": "photos/a.png", "steps": "5"}', "steps is '5'; need a whole number"),
+        ('{"image": "photos/a.png", "step": 5}', "'step' is no setting; use image, name, sigmas, num_frames"),
+        ('{"image": "photos/a.png", "steps": "five"}', "steps is 'five'; need a whole number"),
         ('{"image": "photos/a.png", "fps": [7, 8]}', "fps is [7, 8]"),
         ('{"image": "photos/a.png", "seed": 1e999}', "seed is inf"),
         ('{"image": "photos/a.png", "sigmas": [1, 2]}', "sigmas are [1.0, 2.0]; need at least two"),
@@ -69,7 +69,7 @@ def test_rows_of_a_manifest_are_runs_of_their_own(tiny_folder: Path, capsys: pyt
         ('{"image": "photos/link.png"}', "out/link.mp4 does not lie in out"),
         ('{"image": "photos/a.png", "name": "a\\u0000.mp4"}', "null"),
         ('{"image": "photos/a.png", "name": "%s.mp4"}' % ("a" * 300), "File name too long"),
-        ('{"image": "photos/a.png"}\n{"image": "photos/a.png"}', "two images would be written to out/a.mp4"),
+        ('{"image": "photos/a.png"}\n{"image": "photos/a.png"}', "two videos would be written to out/a.mp4"),
     ],
 )
 def test_a_manifest_that_cannot_be_meant_is_refused_in_one_line(
@@ -88,8 +88,8 @@ def test_a_manifest_that_cannot_be_meant_is_refused_in_one_line(
 def test_where_a_manifest_is_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
     name = manifest({"image": "photos/a.png", "name": "a.mp4"})
     for argv, says in (
-        (("--manifest", "none.jsonl", "-o", "out"), "there is no manifest none.jsonl"),
-        (("--manifest", "photos", "-o", "out"), "give a .jsonl or .csv file"),
+        (("--manifest", "none.jsonl", "-o", "out"), "none.jsonl is no .jsonl or .csv file"),
+        (("--manifest", "photos", "-o", "out"), "photos is no .jsonl or .csv file"),
         (("--manifest", name, "-o", "new.mp4"), "there is no folder new.mp4 to name videos in"),
     ):
         assert says in refusal(capsys, "generate", *argv)
@@ -112,7 +112,7 @@ def test_one_bad_image_stops_no_other(tiny_folder: Path, capsys: pytest.CaptureF
     assert [Path(video["image"]).name for video in report["failed"]] == ["none.png", "notes.txt", "b.JPG"]
     assert "size is 64x72" in report["failed"][2]["error"]
     assert err.count("minisvd: error: ") == 3
-    assert err.endswith("minisvd: 1 made, 3 failed, 0 skipped\n")
+    assert err.endswith("minisvd: of 4 videos 3 failed, 1 made\n")
     assert sorted(os.listdir("out")) == ["a.mp4", "a.mp4.json"]
 
 
@@ -151,7 +151,7 @@ def test_a_second_run_makes_what_is_missing_broken_or_different(
         Path("photos").rename("moved")
         assert run(tiny_folder, "moved", *command[1:], "--decode-chunk", "1") == 0
         Path("moved").rename("photos")
-    said = "minisvd: of 6 videos 6 finished with the same settings, skipped\nminisvd: 0 made, 0 failed, 6 skipped\n"
+    said = "minisvd: of 6 videos 6 skipped, finished with the same settings\n"
     assert capsys.readouterr() == ("", said)
 
     Path("out/a-0.gif").unlink()  # missing
@@ -161,16 +161,19 @@ def test_a_second_run_makes_what_is_missing_broken_or_different(
     record = json.loads(Path("out/b-1.gif.json").read_text())
     record["made"]["steps"] = 7
     Path("out/b-1.gif.json").write_text(json.dumps(record))  # different
-    Path("out/b-2.gif.json").write_text("[" * 100_000)  # no record
+    Path("out/b-2.gif.json").write_text("[" * 100_000)  # no record, but someone's
+    assert run(tiny_folder, *command) == 2
+    assert "out/b-2.gif.json is there and no record of a video: move it, or" in capsys.readouterr().err
+    Path("out/b-2.gif.json").unlink()
     assert run(tiny_folder, *command) == 0
     out, err = capsys.readouterr()
-    assert "minisvd: of 6 videos 1 new, 3 different, made again, 2 broken, made again\n" in err
+    assert "minisvd: of 6 videos 1 made, 3 made again with other settings, 2 made again, which were broken\n" in err
     assert len(out.splitlines()) == 6
     assert contents("out") == first
 
     Image.new("RGB", (40, 30), "red").save("photos/a.png")
     assert run(tiny_folder, *command) == 0
-    assert "3 different, made again, 3 finished" in capsys.readouterr().err
+    assert "3 made again with other settings, 3 skipped, finished" in capsys.readouterr().err
     changed = contents("out")
     assert {name for name in first if first[name] != changed[name]} == {"a-0.gif", "a-1.gif", "a-2.gif"}
 
@@ -178,4 +181,4 @@ def test_a_second_run_makes_what_is_missing_broken_or_different(
 def test_other_weights_are_other_settings(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny_folder, "photos/a.png", "-o", "out") == 0
     assert main(["generate", "photos/a.png", "-o", "out", *FAST]) == 0
-    assert "minisvd: of 1 videos 1 different, made again\n" in capsys.readouterr().err
+    assert "minisvd: of 1 videos 1 made again with other settings\n" in capsys.readouterr().err

@@ -82,15 +82,14 @@ def test_ranks_make_what_one_process_makes(tiny_folder: Path, world: int) -> Non
     assert set(ranks("out")) == set(range(world))
     assert set(ranks("alone")) == {0}  # control
     assert done.stderr.count("minisvd: ") == 1
-    assert "minisvd: 6 made, 0 failed, 0 skipped" in done.stderr
+    assert "minisvd: of 6 videos 6 made" in done.stderr
 
     Path("out/a-1.gif").unlink()
     Path("photos/c.png").write_text("no image")
     done = run(tiny_folder, "out", *TORCHRUN, str(world), "-m", "minisvd")
     assert done.returncode == 1
     assert done.stdout == "out/a-1.gif\n"
-    assert "minisvd: of 9 videos 4 new, 5 finished with the same settings, skipped" in done.stderr
-    assert "minisvd: 1 made, 3 failed, 5 skipped" in done.stderr
+    assert "minisvd: of 9 videos 3 failed, 1 made, 5 skipped, finished with the same settings" in done.stderr
     assert videos("out") == videos("alone")
 
 
@@ -109,9 +108,9 @@ def test_a_rank_that_dies_loses_nothing_that_was_finished(tiny_folder: Path, res
         assert 1 <= kept < 6
         done = run(tiny_folder, "out", "-m", "minisvd")
         assert done.returncode == 0
-        assert f"{kept} finished with the same settings, skipped" in done.stderr
+        assert f"{kept} skipped, finished with the same settings" in done.stderr
         assert len(done.stdout.split()) == 6 - kept
-    assert "finished with the same settings, skipped" in done.stderr
+    assert "skipped, finished with the same settings" in done.stderr
     assert run(tiny_folder, "alone", "-m", "minisvd").returncode == 0
     assert videos("out") == videos("alone")
     assert sorted(path.suffix for path in Path("out").iterdir()) == [".gif"] * 6 + [".json"] * 6
