@@ -159,10 +159,9 @@ def test_a_folder_of_frames_is_a_video_and_an_empty_one_is_filled() -> None:
         Path("out", name).mkdir()
     Path("out/b/frame_0000.png").write_bytes(b"png")
     rows = [(Path("photos/a.png"), "", {}), (Path("photos/b.JPG"), "", {})]
-    jobs = plan(rows, [0], Path("out"), "{stem}")
+    jobs = plan(rows, [0], Path("out"), "{stem}", skip_existing=True)
     assert [(job["image"], job["path"]) for job in jobs] == [("photos/a.png", "out/a"), ("photos/b.JPG", "out/b")]
     assert [state(Path(job["path"]), {}) for job in jobs] == ["made", "made again with other settings"]
-    Path("out/b/frame_0000.png").rename("out/b/notes.png")
     with pytest.raises(FileExistsError, match="not an empty folder"):
         plan(rows, [0], Path("out"), "{stem}")
 
@@ -215,14 +214,20 @@ def test_seeds_are_numbers_and_ranges() -> None:
         ("empty -o out", "there are no images in empty itself: give another folder"),
         ("photos photos/inner/none.png -o out --fail-fast", "no image at photos/inner/none.png"),
         ("photos photos/inner/c.png -o out --fail-fast", "photos/inner/c.png is not an image"),
-        ("photos -o clip.mp4", "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by {stem} and {seed}"),
-        ("photos -o out --name-template {seed}.mp4", "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by {stem} and {seed}"),
+        (
+            "photos -o clip.mp4",
+            "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by {stem} and {seed}",
+        ),
+        (
+            "photos -o out --name-template {seed}.mp4",
+            "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by {stem} and {seed}",
+        ),
         ("photos/a.png -o clip.mp4 --seeds 0-1", "two videos would be written to clip.mp4: give an existing folder"),
         ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "two videos would be written to out/a.mp4"),
-        ("photos photos/a.png -o out", "two images would be written to out/a.mp4: rename one"),
+        ("photos photos/a.png -o out", "two videos would be written to out/a.mp4: give an existing folder, rename"),
         (
             "photos photos/a1.png -o out --seeds 0,10 --name-template {stem}{seed}.gif",
-            "be written to out/a10.gif: rename",
+            "two videos would be written to out/a10.gif: give an existing folder, rename",
         ),
         ("photos photos/a.gif -o photos --name-template {stem}.gif", "photos/a.gif is one of the images"),
         ("photos/a.gif -o photos/{stem}.gif --skip-existing", "photos/a.gif is one of the images"),
@@ -234,9 +239,10 @@ def test_seeds_are_numbers_and_ranges() -> None:
         ("photos -o out --name-template {stem}-{seed:02d}.mp4", "{seed:02d} in {stem}-{seed:02d}.mp4 means nothing"),
         ("photos -o out/{stem}-{}.mp4", "{} in out/{stem}-{}.mp4 means nothing"),
         ("photos -o out --name-template x/{stem}.mp4", "--name-template is 'x/{stem}.mp4'; need the name of a file"),
-        ("photos -o out --name-template=", "--name-template is ''; need the name of a file"),
+        ("photos -o out --name-template=", "one of the arguments is empty"),
         ("photos -o out --seed 0 --seeds 0-4", "argument --seeds: not allowed with argument --seed"),
         ("photos -o out --seeds x", "argument --seeds: 'x' is not seeds such as 3, 0-4 or 0,2,5-7"),
+        ("photos -o out --name-template a/b", "--name-template is 'a/b'; need the name of a file"),
         ("photos -o out --seeds 0,", "'0,' is not seeds"),
         ("photos -o out --seeds 1-2-3", "'1-2-3' is not seeds"),
         ("photos -o out --seeds=-1", "'-1' is not seeds"),

@@ -62,7 +62,7 @@ class Hub(BaseHTTPRequestHandler):
         if revision not in ("main", COMMIT, ""):
             return self.fail(404, "RevisionNotFound")
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        if (api and verb == "tree") or (name == "silent" and not api):
+        if api and verb == "tree":  # a question for which the client sets no time limit, so nobody may ask it
             self.hang.wait(60)
             return None
         if api:
@@ -230,7 +230,6 @@ def test_one_variant_is_downloaded_once_and_found_without_a_connection(
         assert offline("resolve", "someone/svd") == [*PLAIN, 3]
         assert online("resolve", "someone/svd", offline=True) == [*PLAIN, 3]
         assert len(hub.asked) == asked, "not even a question while offline"
-    assert "diffusion_pytorch_model.safetensors: 100%" in Path(online.errors.name).read_text(), "with the hub's bars"
     assert online("resolve", "someone/svd") == [*PLAIN, 3]
     for client in (online, offline):
         fp16 = client("resolve", "someone/svd", variant="fp16")
@@ -304,24 +303,6 @@ def test_a_hub_in_trouble_is_one_sentence_with_its_own_reason(repositories: Path
         assert "imed out" in answer
         assert time.monotonic() - began < 40
         hub.hang.set()
-
-
-def test_a_hub_that_falls_silent_after_its_first_answer_is_not_waited_for(
-    repositories: Path, port: int, online: Client
-) -> None:
-    """It says what a repository holds, and gives no file. Its list of files with their sizes, for which the client sets
-    no limit, is not asked for: the hub of these tests never answers that, and gives all the others' files.
-    """
-    shutil.copytree(repositories / "someone/svd", repositories / "someone/silent")
-    with serving(repositories, port) as hub:
-        hub.hang = threading.Event()
-        began = time.monotonic()
-        answer = online("resolve", "someone/silent")
-        assert time.monotonic() - began < 40
-        hub.hang.set()
-    assert "someone/silent" in answer
-    assert answer.startswith(("FileNotFoundError: ", "ConnectionError: ")), answer
-    assert "\n" not in answer
 
 
 def test_a_download_that_is_cut_is_one_sentence(repositories: Path, port: int, online: Client) -> None:

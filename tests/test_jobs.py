@@ -5,14 +5,21 @@ other; and a second run makes what is not there with the same settings, no more 
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from minisvd.cli import main
-from minisvd.jobs import read_manifest
+from minisvd.jobs import find_images, read_manifest
+from minisvd.video import check_output
 from test_cli import FAST, refusal
 from test_cli_folder import contents, photos, run  # noqa: F401 (photos is a fixture that all of these use)
 
@@ -182,3 +189,96 @@ def test_other_weights_are_other_settings(tiny_folder: Path, capsys: pytest.Capt
     assert run(tiny_folder, "photos/a.png", "-o", "out") == 0
     assert main(["generate", "photos/a.png", "-o", "out", *FAST]) == 0
     assert "minisvd: of 1 videos 1 made again with other settings\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_batch_is_what_its_videos_are_alone_to_rounding(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--batch 3 puts what differs in nothing but image, seed, fps, bucket and noise into one call, whose frames are a
+    byte at most from those alone, as its --help says, and its records; a bad image fails alone, and the others are
+    then made one by one. A second run, with another --batch, makes nothing.
+    """
+    rows = [{"image": f"photos/{n}", "fps": fps, "seed": fps} for n, fps in (("a.png", 5), ("b.JPG", 6), ("a.png", 7))]
+    rows += [{"image": "photos/a.png", "motion_bucket": 5}, {"image": "photos/b.JPG", "steps": 2}]
+    name = manifest(*(row | {"name": f"{i}"} for i, row in enumerate(rows)))
+    for folder, batch in (("out", "3"), ("alone", "1")):
+        Path(folder).mkdir(exist_ok=True)
+        assert run(tiny_folder, "--manifest", name, "-o", folder, "--batch", batch) == 0
+    sizes = [json.loads(Path(f"out/{i}.json").read_text())["batch"] for i in range(5)]
+    assert sizes == [3, 3, 3, 1, 1]
+    assert json.loads(Path("alone/0.json").read_text())["batch"] == 1
+
+    def pixels(path: str) -> np.ndarray:
+        return np.asarray(Image.open(path)).astype(int)
+
+    frames = [f"{i}/frame_0001.png" for i in range(5)]
+    differences = [abs(pixels(f"out/{frame}") - pixels(f"alone/{frame}")).max() for frame in frames]
+    print("largest differences", differences)
+    assert max(differences) <= 1
+    assert abs(pixels(f"out/{frames[0]}") - pixels(f"out/{frames[1]}")).max() > 20  # control
+    capsys.readouterr()
+    assert run(tiny_folder, "--manifest", name, "-o", "out", "--batch", "2") == 0
+    assert "5 skipped, finished with the same settings" in capsys.readouterr().err
+
+    Path("photos/bad.png").write_text("no image")
+    assert run(tiny_folder, "photos", "-o", "out", "--batch", "3") == 1
+    assert "minisvd: of 3 videos 1 failed, 2 made" in capsys.readouterr().err
+    assert {"a.mp4", "b.mp4"} < set(os.listdir("out"))
+    assert "need a whole number from 1 to" in refusal(capsys, "generate", "photos", "-o", "out", "--batch", "0", *FAST)
+
+
+def test_a_folder_of_images_and_other_things(capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture that Pillow does not open is named in a line; what is no picture is none, though Pillow has a name for
+    it; videos that were written beside the images are none on the second run, by their records.
+    """
+    for name in ("d.heic", "results.h5", "e.HEIF", "f.txt"):
+        Path("photos", name).write_bytes(b"something")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = find_images([Path("photos")])
+    assert [path.name for path in found] == ["a.png", "b.JPG"]
+    assert [str(warning.message).split()[0] for warning in caught] == ["photos/d.heic", "photos/e.HEIF"]
+    for name in ("d.heic", "e.HEIF"):
+        Path("photos", name).unlink()
+    Image.new("RGB", (8, 8)).save("photos/c.webp")
+    assert [path.name for path in find_images([Path("photos")])] == ["a.png", "b.JPG", "c.webp"]
+    Path("photos/c.webp.json").write_text('{"title": "a picture of mine"}')
+    assert len(find_images([Path("photos")])) == 3
+    Path("photos/c.webp.json").write_text('{"made": {}, "video_sha256": ""}')
+    assert len(find_images([Path("photos")])) == 2
+    assert [path.name for path in find_images([Path("photos/*.p?g")])] == ["a.png"]
+
+
+@pytest.mark.slow
+def test_videos_beside_their_images_are_not_images_of_the_next_run(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("photos", "-o", "photos", "--name-template", "{stem}.webp")
+    for status in ("2 made", "2 skipped, finished with the same settings"):
+        assert run(tiny_folder, *command) == 0
+        assert f"minisvd: of 2 videos {status}\n" in capsys.readouterr().err
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A file that may not be changed, by root neither."""
+    root = os.geteuid() == 0
+    subprocess.run(["chattr", "+i", path] if root else ["chmod", "a-w", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path] if root else ["chmod", "u+w", path], check=True)
+
+
+@pytest.mark.linux
+def test_a_target_that_may_not_be_changed_is_refused_before_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shutil.which("chattr")
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("loaded"))
+    Path("old.mp4").write_bytes(b"old")
+    assert check_output("old.mp4") == Path("old.mp4")  # control
+    with locked(Path("old.mp4")):
+        said = refusal(capsys, "generate", "photos/a.png", "-o", "old.mp4", *FAST)
+    assert "cannot write old.mp4: it is there and may not be changed, choose another name" in said
