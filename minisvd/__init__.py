@@ -11,31 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-HOME = {  # the module of each public name; torch is imported by the first name that is used
-    "PRESETS": "config",
-    "AutoencoderKLTemporalDecoder": "vae",
-    "ClipConfig": "config",
-    "GenerationConfig": "config",
-    "GuidanceSchedule": "sampler",
-    "ImageEncoder": "clip",
-    "SpatioTemporalUNet": "unet",
-    "StableVideoDiffusion": "pipeline",
-    "UNetConfig": "config",
-    "VAEConfig": "config",
-    "Video": "video",
-    "check": "triviality",
-    "check_model": "sites",
-    "checkpoint_activations": "adapt",
-    "dead_names": "sites",
-    "edm_sigmas": "sampler",
-    "fold": "adapt",
-    "guided_denoiser": "sampler",
-    "load": "pipeline",
-    "load_unet": "checkpoint",
-    "preconditioning": "sampler",
-    "sample_euler": "sampler",
-    "widen_conv_in": "adapt",
+PUBLIC = {  # of each module; torch is imported by the first name that is used
+    "adapt": "checkpoint_activations fold widen_conv_in",
+    "checkpoint": "load_unet",
+    "clip": "ImageEncoder",
+    "config": "ClipConfig GenerationConfig PRESETS UNetConfig VAEConfig",
+    "pipeline": "StableVideoDiffusion load",
+    "sampler": "GuidanceSchedule edm_sigmas guided_denoiser preconditioning sample_euler",
+    "sites": "check_model dead_names",
+    "triviality": "check",
+    "unet": "SpatioTemporalUNet",
+    "vae": "AutoencoderKLTemporalDecoder",
+    "video": "Video",
 }
+HOME = {name: module for module, names in PUBLIC.items() for name in names.split()}
 
 if TYPE_CHECKING:  # the same for type checkers and editors
     from .adapt import checkpoint_activations as checkpoint_activations

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n 2`: a thread for each of the processes
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
