@@ -25,7 +25,6 @@ from minisvd.folder import resolve_configs
 from minisvd.save import save_folder
 from minisvd.triviality import linear_map
 from tools.teach import browse, explain
-from tools.teach.pictures import u
 
 ROOT = Path(__file__).parent.parent
 
@@ -194,7 +193,7 @@ def test_the_shown_page_is_what_the_code_makes_of_what_was_measured():
     blocks = list(unet_blocks(config, t, latent))
     assert data["blocks"] == explain.described(blocks)
     assert data["costs"] == explain.all_costs("tiny", config, t, latent, given.steps)
-    texts = {"U": u(config, t, latent, "The U of tiny: 8 frames of 64x64, guided"), "SITES": "14"}
+    texts = {"U": explain.drawn_u(config, t, latent, "The U of tiny: 8 frames of 64x64, guided"), "SITES": "14"}
     for name, pattern in {
         "TITLE": "<h1>(.*?)</h1>",
         "ABOUT": "</h1>\n<p>(.*?)</p>",

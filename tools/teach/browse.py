@@ -22,7 +22,7 @@ MOVES = {  # control: what must change when it is moved
     "block": ("#block-shape", "#block-kinds"),
     "map-site": ("#map-said", "#map-asked"),
     "map-step": ("#map-said", "#map-asked"),
-    "map-frame": ("#map-said", "#map-asks", "#map-time"),
+    "map-frame": ("#map-said", "#map-asks", "#map-strip", "#map-time"),
     "map-row": ("#map-said", "#map-asks", "#map-asked"),
     "map-column": ("#map-said", "#map-asks", "#map-asked"),
     "build-frame": ("#build-said", "#build-0", "#off-2"),
@@ -90,6 +90,10 @@ def checks(page: Any) -> Iterator[tuple[str, bool]]:
     yield "the pointer chooses a place", "row 1, column 1." in first and first != said
     page.mouse.move(size["x"] + size["width"] - 2, size["y"] + size["height"] - 2)
     yield "and another", page.inner_text("#map-said") != first
+    size = page.locator("#map-strip").bounding_box()
+    page.mouse.move(size["x"] + size["width"] - 2, size["y"] + 2)
+    last = page.get_attribute("#map-frame", "max")
+    yield "over all frames, a frame as well", f"frame {last}, row 1, column " in page.inner_text("#map-said")
 
     blocks = page.locator("#u .block")
     for i in (0, blocks.count() - 1):

@@ -275,9 +275,14 @@ def gather(
         "ABOUT": escape(f"{about} in {n} steps, seed {seed}."),
         "SITES": f"{2 * sum(sort_of(block) == 'attentions' for block in blocks)}",
         "MADE": escape(f"Made by python -m tools.teach.explain with {made}."),
-        "U": u(config, t, latent, f"The U of {name}: {t} frames of {width}x{height}, guided"),
+        "U": drawn_u(config, t, latent, f"The U of {name}: {t} frames of {width}x{height}, guided"),
     }
     return data, texts
+
+
+def drawn_u(config: UNetConfig, frames: int, size: tuple[int, int], title: str) -> str:
+    """The U as a group, whose blocks can be reached one by one."""
+    return u(config, frames, size, title).replace('role="img"', 'role="group"', 1)
 
 
 def built(vcut: Vcut, frames: Tensor, first: Tensor) -> dict[str, Any]:
