@@ -32,12 +32,14 @@ HOME = {  # the module of each public name; torch is imported by the first name 
     "load_unet": "checkpoint",
     "preconditioning": "sampler",
     "sample_euler": "sampler",
+    "slice_feed_forwards": "adapt",
     "widen_conv_in": "adapt",
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors
     from .adapt import checkpoint_activations as checkpoint_activations
     from .adapt import fold as fold
+    from .adapt import slice_feed_forwards as slice_feed_forwards
     from .adapt import widen_conv_in as widen_conv_in
     from .checkpoint import load_unet as load_unet
     from .clip import ImageEncoder as ImageEncoder

@@ -1,15 +1,26 @@
-"""Theorem: what `tools.cost.memory` counts by shapes is what a run allocates, and what decoding may hold bounds it."""
+"""Theorem: what is counted by shapes is what a run allocates, and what a run may hold bounds it."""
 
+import copy
 from functools import cache
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from minisvd import AutoencoderKLTemporalDecoder, VAEConfig
+from conftest import randomised
+from minisvd import AutoencoderKLTemporalDecoder, SpatioTemporalUNet, UNetConfig, VAEConfig, slice_feed_forwards
+from minisvd.attention import GEGLU
+from minisvd.memory import LiveBytes, fused_attention
 from minisvd.vae import Hold
-from tools.cost.memory import LiveBytes
 
 SMALL = VAEConfig(block_out_channels=(32, 32, 64, 64))
+SMALL_UNET = UNetConfig(
+    block_out_channels=(32, 64),
+    attention=(True, False),
+    num_attention_heads=(2, 4),
+    cross_attention_dim=48,
+    addition_time_embed_dim=16,
+)
 HOST, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -62,3 +73,55 @@ def test_what_is_held_bounds_the_memory():
     assert 1 <= one / video <= 1.35
     assert host / video <= 0.4
     assert peak(META, "two", frames, frames) > 3 * video  # control: all frames in work at a time
+
+
+def counted_step(unet: SpatioTemporalUNet, b: int) -> int:
+    """Bytes that one step on b branches makes and holds at its peak, 25 frames of 1024x576 in float16."""
+    with META:
+        sample, embeds = (torch.empty(s, dtype=torch.float16) for s in ((b, 25, 8, 72, 128), (b, 1, 1024)))
+        c_noise, ids = torch.empty(()), torch.empty(b, 3)
+    with torch.inference_mode(), fused_attention(), LiveBytes() as live:
+        unet(sample, c_noise, embeds, ids)
+    return live.peak
+
+
+def test_a_step_of_the_released_network_is_as_small_as_promised():
+    """With feed-forwards in slices 5.4 GB for both branches, 2.8 GB for one."""
+    with META:
+        unet = SpatioTemporalUNet(UNetConfig()).half()
+    plain = counted_step(unet, 2)
+    two, one = (counted_step(slice_feed_forwards(unet), b) for b in (2, 1))
+    print(f"{plain / 1e9:.2f} GB, in slices {two / 1e9:.2f} GB, one branch at a time {one / 1e9:.2f} GB")
+    assert two <= 5.4e9
+    assert one <= 2.8e9
+    assert plain > 7e9  # control
+    assert counted_step(slice_feed_forwards(unet, None), 2) == plain
+
+
+@pytest.mark.parametrize("tokens", [7, 64, 10_000])
+def test_feed_forwards_in_slices_are_the_same_function(tokens):
+    """To rounding, whether the slices divide the tokens, do not, or are one; with the gradients, and the same names."""
+    plain = randomised(SpatioTemporalUNet(SMALL_UNET))
+    sliced = copy.deepcopy(plain)
+    assert list(slice_feed_forwards(sliced, tokens).state_dict()) == list(plain.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    sample, embeds = (torch.randn(s, generator=generator) for s in ((2, 3, 8, 8, 8), (2, 1, 48)))
+    given, rows = (sample, torch.tensor(0.5), embeds, torch.tensor([[6.0, 127, 0.02]])), []
+
+    def seen(_module: nn.Module, given: tuple[Tensor, ...], _out: Tensor) -> None:
+        rows.append(given[0].numel() // given[0].shape[-1])
+
+    for module in sliced.modules():
+        if isinstance(module, GEGLU):
+            module.register_forward_hook(seen)
+    outputs = [unet(*given) for unet in (plain, sliced)]
+    for out in outputs:
+        out.square().mean().backward()
+    gradients = [torch.cat([p.grad.flatten() for p in unet.parameters()]) for unet in (plain, sliced)]  # pyright: ignore
+    for ours, theirs in (outputs, gradients):
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        print(f"largest difference {error:.1e}, slices of up to {max(rows)} tokens")
+        assert error <= 1e-5
+    assert max(rows) == min(tokens, 2 * 3 * 64)
+    next(m for m in sliced.modules() if isinstance(m, GEGLU)).proj.weight.data *= 1.01  # control
+    assert (sliced(*given) - outputs[0]).abs().max() / outputs[0].abs().max() > 1e-5
