@@ -15,6 +15,8 @@ HOME = {  # the module of each public name; torch is imported by the first name 
     "PRESETS": "config",
     "AutoencoderKLTemporalDecoder": "vae",
     "ClipConfig": "config",
+    "ECONOMIES": "memory",
+    "Economy": "memory",
     "GenerationConfig": "config",
     "GuidanceSchedule": "sampler",
     "ImageEncoder": "clip",
@@ -48,6 +50,8 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from .config import GenerationConfig as GenerationConfig
     from .config import UNetConfig as UNetConfig
     from .config import VAEConfig as VAEConfig
+    from .memory import ECONOMIES as ECONOMIES
+    from .memory import Economy as Economy
     from .pipeline import StableVideoDiffusion as StableVideoDiffusion
     from .pipeline import load as load
     from .sampler import GuidanceSchedule as GuidanceSchedule

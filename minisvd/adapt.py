@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import FeedForward, SpatioTemporalTransformer
@@ -98,6 +98,10 @@ def slice_feed_forwards(unet: SpatioTemporalUNet, tokens: int | None = SLICE) ->
             if tokens is not None:
                 module.forward = partial(in_slices, module.forward, tokens)
     return unet
+
+
+def is_sliced(unet: nn.Module) -> bool:
+    return any("forward" in vars(module) for module in unet.modules() if isinstance(module, FeedForward))
 
 
 def in_slices(function: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:

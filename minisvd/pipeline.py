@@ -6,6 +6,7 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from .adapt import is_sliced, slice_feed_forwards
 from .checkpoint import BROKEN, checked_device, checked_dtype, finite, locate, resolve
 from .clip import ImageEncoder
 from .config import SETTINGS, Fit, GenerationConfig, Stage2, Vcut, check, shown
 from .images import ImageLike, load_image
+from .memory import ECONOMIES, Economy
 from .sampler import GuidanceSchedule, edm_sigmas, euler_steps, guided_denoiser, initial_latents
 from .save import save_folder
 from .unet import SpatioTemporalUNet
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 FAMILIAR = (
     10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 or more, 26 photos at most 8.8
 )
+
+
+HOST = torch.device("cpu")
 
 
 class Settings(TypedDict, total=False):
@@ -55,6 +61,7 @@ class Settings(TypedDict, total=False):
     size: tuple[int, int] | None
     fit: Fit
     decode_chunk: int | None
+    low_memory: bool | Economy
     callback: Callable[[int, Tensor, Tensor], object] | None
     progress: bool
 
@@ -138,6 +145,7 @@ class StableVideoDiffusion:
         size: tuple[int, int] | None = None,
         fit: Fit = "crop",
         decode_chunk: int | None = None,
+        low_memory: bool | Economy = False,
         callback: Callable[[int, Tensor, Tensor], object] | None = None,
         progress: bool = True,
     ) -> Video | list[Video]:
@@ -158,6 +166,8 @@ class StableVideoDiffusion:
         noise          [b,t,4,h,w], unit variance, and aug_noise [b,3,H,W]: instead of the seeded draws
         size           (width, height) in pixels; `fit` is how an image of another shape gets there: crop, pad, stretch
         decode_chunk   frames in the decoder at a time: memory, not result
+        low_memory     the least memory that there is, or an `Economy` between; the same video to rounding. Each part is
+                       on its device only while it works, else on the host; at the end all are where they were
         callback       (step from 1, sigma reached, latents [b,t,4,h,w])
         progress       bars over steps and decoding, on stderr
 
@@ -176,6 +186,10 @@ class StableVideoDiffusion:
         sigmas = edm_sigmas(chosen["steps"]) if sigmas is None else checked_sigmas(sigmas)
         if callback is not None and not callable(callback):
             raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
+        if not isinstance(low_memory, bool | Economy):
+            raise ValueError(f"low_memory is {shown(low_memory)}; need True, False or an Economy")
+        economy = low_memory if isinstance(low_memory, Economy) else ECONOMIES[-low_memory]
+        chunk, device = min(chosen["decode_chunk"], economy.chunk or sys.maxsize), self.device
         if isinstance(image, list) and not image:
             raise ValueError("the list of images is empty; need at least one")
         batches = [load_image(one, (width, height), fit) for one in (image if isinstance(image, list) else [image])]
@@ -192,18 +206,22 @@ class StableVideoDiffusion:
         noise = drawn("noise", noise, shape, generators)
 
         schedule, videos = GuidanceSchedule(*chosen["guidance"], cut_step=given["cut_step"], stage2=given["stage2"]), []
+        run = partial(self.sample, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
         for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
-            inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
-            latents = self.sample(*inputs, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
-            blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
-            with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
-                frames = self.vae.decode(latents, chosen["decode_chunk"], callback=bar.update)
-            if not finite(frames):
-                if broken := self.broken():
-                    raise ValueError(f"the frames are no finite numbers: {broken}")
-                warnings.warn(f"decoding left the range of {frames.dtype} and is done again in float32", stacklevel=3)
-                frames = copy.deepcopy(self.vae).float().decode(latents, chosen["decode_chunk"])
-            frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
+            inputs = [tensor[rows].to(device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
+            with self.saving(economy):
+                latents = run(*inputs, economy=economy)
+                blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
+                bar = tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress)
+                with bar, visit(self.vae, device, economy):
+                    frames = self.vae.decode(latents, chunk, economy.hold, bar.update)
+                    if not finite(frames):
+                        if broken := self.broken():
+                            raise ValueError(f"the frames are no finite numbers: {broken}")
+                        left = f"decoding left the range of {frames.dtype} and is done again in float32"
+                        warnings.warn(left, stacklevel=3)
+                        frames = copy.deepcopy(self.vae).float().decode(latents, chunk, economy.hold)
+            frames = ((frames.to(HOST).float() + 1) / 2).clamp(0, 1)
             videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
 
@@ -219,22 +237,46 @@ class StableVideoDiffusion:
         schedule: GuidanceSchedule,
         callback: Callable[[int, Tensor, Tensor], object] | None,
         progress: bool,
+        economy: Economy = ECONOMIES[0],
     ) -> Tensor:
         """One batch of images [b,3,H,W] -> latents [b,t,4,h,w], with a bar over the steps."""
-        embeds = self.clip(pixels)
-        latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
-        denoise = guided_denoiser(self.unet, embeds, latent, added_time_ids, schedule)
+        device = noise.device
+        with visit(self.clip, device, economy):
+            embeds = self.clip(pixels)
+        with visit(self.vae, device, economy):
+            latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
+        denoise = guided_denoiser(self.unet, embeds, latent, added_time_ids, schedule, economy.in_turn)
         latents = initial_latents(noise, sigmas)
-        steps = euler_steps(denoise, latents, sigmas.to(noise.device, torch.float32))
-        for step in tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress):
-            latents = step.latents
-            if not finite(latents):
-                remedy = "run in float32 or bfloat16" if embeds.dtype == torch.float16 else "check guidance and sigmas"
-                where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
-                raise ValueError(f"the latents are no finite numbers after {where}: {self.broken() or remedy}")
-            if callback is not None:
-                callback(step.number, step.sigma, latents)
+        steps = euler_steps(denoise, latents, sigmas.to(device, torch.float32))
+        bar = tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress)
+        with visit(self.unet, device, economy):
+            for step in bar:
+                latents = step.latents
+                if not finite(latents):
+                    half = embeds.dtype == torch.float16
+                    remedy = "run in float32 or bfloat16" if half else "check guidance and sigmas"
+                    where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
+                    raise ValueError(f"the latents are no finite numbers after {where}: {self.broken() or remedy}")
+                if callback is not None:
+                    callback(step.number, step.sigma, latents)
         return latents
+
+    @contextmanager
+    def saving(self, economy: Economy) -> Iterator[None]:
+        """Meanwhile parts that visit wait on the host, and feed-forwards are in slices; afterwards all is as it was."""
+        device, slicing = self.device, economy.slices and not is_sliced(self.unet)
+        parts = (self.unet, self.vae, self.clip) if economy.visiting else ()
+        try:
+            if slicing:
+                slice_feed_forwards(self.unet)
+            for part in parts:
+                part.to(HOST)
+            yield
+        finally:
+            if slicing:
+                slice_feed_forwards(self.unet, None)
+            for part in parts:
+                part.to(device)
 
     def broken(self) -> str:
         """The first weight that is no finite number, and what to do about it; else nothing."""
@@ -286,6 +328,20 @@ class StableVideoDiffusion:
         if any(side % stride for side in size):
             near = tuple(max(stride, round(side / stride) * stride) for side in size)
             raise ValueError(f"size is {size[0]}x{size[1]}; need multiples of {stride}, such as {near[0]}x{near[1]}")
+
+
+@contextmanager
+def visit(part: nn.Module, device: torch.device, economy: Economy) -> Iterator[None]:
+    """A part that visits is on the device meanwhile, and then on the host again."""
+    if not economy.visiting:
+        yield
+        return
+    try:
+        part.to(device)
+        yield
+    finally:
+        part.to(HOST)
+        torch.cuda.empty_cache()  # what it had is free for blocks of other sizes; nothing happens without CUDA
 
 
 def per_row(name: str, values: list[Any], b: int) -> list[Any]:

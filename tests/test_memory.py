@@ -1,16 +1,31 @@
 """Theorem: what is counted by shapes is what a run allocates, and what a run may hold bounds it."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import minisvd
 from conftest import randomised
-from minisvd import AutoencoderKLTemporalDecoder, SpatioTemporalUNet, UNetConfig, VAEConfig, slice_feed_forwards
+from minisvd import (
+    ECONOMIES,
+    AutoencoderKLTemporalDecoder,
+    ClipConfig,
+    Economy,
+    GenerationConfig,
+    ImageEncoder,
+    SpatioTemporalUNet,
+    StableVideoDiffusion,
+    UNetConfig,
+    VAEConfig,
+    slice_feed_forwards,
+)
+from minisvd.adapt import is_sliced
 from minisvd.attention import GEGLU
-from minisvd.memory import LiveBytes, fused_attention
+from minisvd.memory import LiveBytes, fused_attention, peaks
 from minisvd.vae import Hold
 
 SMALL = VAEConfig(block_out_channels=(32, 32, 64, 64))
@@ -125,3 +140,58 @@ def test_feed_forwards_in_slices_are_the_same_function(tokens):
     assert max(rows) == min(tokens, 2 * 3 * 64)
     next(m for m in sliced.modules() if isinstance(m, GEGLU)).proj.weight.data *= 1.01  # control
     assert (sliced(*given) - outputs[0]).abs().max() / outputs[0].abs().max() > 1e-5
+
+
+QUICK = {"num_frames": 3, "steps": 2, "size": (64, 64), "guidance": (1.0, 3.0), "progress": False}
+
+
+def test_every_economy_makes_the_same_frames(tiny_folder):
+    """To rounding, each of them and `low_memory=True`; afterwards the feed-forwards are as they were."""
+    svd = minisvd.load(tiny_folder)
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain = svd(image, **QUICK).frames
+    for economy in (*ECONOMIES[1:], Economy(slices=True), True):
+        difference = (svd(image, low_memory=economy, **QUICK).frames - plain).abs().max().item()
+        print(f"{difference:.1e} with {economy}")
+        assert difference <= 1e-4
+        assert not is_sliced(svd.unet)
+    slice_feed_forwards(svd.unet)
+    svd(image, low_memory=True, **QUICK)
+    assert is_sliced(svd.unet)  # the user's own slices stay
+    assert (svd(image, low_memory=True, seed=1, **QUICK).frames - plain).abs().max() > 1e-3  # control
+    with pytest.raises(ValueError, match="low_memory is 'yes'"):
+        svd(image, low_memory="yes", **QUICK)  # pyright: ignore
+
+
+MODEL = {"unet": SMALL_UNET, "vae": SMALL, "clip": ClipConfig(64, 3, 4, 96, 56, projection_dim=48)}
+
+
+@pytest.mark.parametrize("economy", [*ECONOMIES, Economy(visiting=True), Economy(in_turn=True)], ids=str)
+def test_a_whole_call_takes_what_was_counted_and_parts_are_where_they_should_be(economy, monkeypatch):
+    """A call on shapes alone, its weights among them: which parts are on the device as each begins to work, and the
+    peak, which is to 3 % the one that `peaks` foretells from the stages, without the image and the few latents."""
+    generation = GenerationConfig(num_frames=8, size=(128, 128))
+    for name in ("finite", "Video"):  # shapes have no numbers to look at
+        monkeypatch.setattr(f"minisvd.pipeline.{name}", lambda *_, **__: True)
+    seen = {name: set() for name in MODEL}
+    with LiveBytes() as live, fused_attention(), torch.no_grad():
+        with META:
+            unet, vae = SpatioTemporalUNet(SMALL_UNET), AutoencoderKLTemporalDecoder(SMALL)
+            svd = StableVideoDiffusion(unet, vae, ImageEncoder(MODEL["clip"]), generation)
+        parts = {name: getattr(svd, name) for name in MODEL}
+
+        def there() -> tuple[str, ...]:
+            return tuple(name for name in parts if not any(map(live.is_on_host, parts[name].parameters())))
+
+        for name, module in {"unet": unet.conv_in, "vae": vae.decoder.time_conv_out, "clip": svd.clip.visual}.items():
+            module.register_forward_pre_hook(lambda *_, name=name: seen[name].add(there()))
+        live.peak = live.now
+        svd(torch.zeros(3, 128, 128), steps=2, guidance=(1.0, 3.0), low_memory=economy, progress=False)
+        assert there() == ("unet", "vae", "clip")
+    assert seen == {name: {(name,) if economy.visiting else ("unet", "vae", "clip")} for name in MODEL}
+    foretold, longer = (
+        next(peaks(MODEL, replace(generation, num_frames=frames), torch.float32, [economy])) for frames in (8, 16)
+    )
+    print(f"{foretold.largest / 1e6:.2f} MB foretold, {live.peak / 1e6:.2f} MB in the call: {economy}")
+    assert abs(live.peak - foretold.largest) <= 0.03 * foretold.largest
+    assert abs(live.peak - longer.largest) > 0.03 * longer.largest  # control
