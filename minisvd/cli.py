@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .pipeline import StableVideoDiffusion
 
 LONGEST_RANGE = 10_000  # seeds; more is a typing error, not a wish
-OUT_OF_MEMORY = "out of memory: try --decode-chunk 1, a smaller --size, fewer --frames, or --dtype float16"
+OUT_OF_MEMORY = "out of memory: try --low-memory, a smaller --size, fewer --frames, or --dtype float16"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +83,8 @@ def complain(sentence: str) -> int:
 def generate(args: argparse.Namespace) -> None:
     """A video for each image and seed. Prints their paths, or with --json one object that says how they were made."""
     from .images import open_image
-    from .jobs import find_images, naming, plan
+    from .jobs import find_images, naming, plan, strangers
+    from .memory import ECONOMIES, choose
     from .pipeline import check_settings
     from .video import check_zoom
 
@@ -103,12 +104,14 @@ def generate(args: argparse.Namespace) -> None:
     if jobs:
         svd = load(args)
         check_zoom(args.zoom, args.size or svd.generation.size)
-        tell_strangers(svd, jobs, args.size or svd.generation.size, args.fit)
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
         report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom}
-        report["videos"] = make(svd, jobs, settings, args.zoom, say=not args.json)
+        economy, saving = (ECONOMIES[-1], "") if args.low_memory else choose(svd, used)
+        for line in filter(None, (strangers(svd, jobs, args.size or preset["size"], args.fit), saving)):
+            tell(f"minisvd: {line}")
+        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom, "memory": str(economy)}
+        report["videos"] = make(svd, jobs, settings | {"low_memory": economy}, args.zoom, say=not args.json)
     if args.json:
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
 
@@ -138,19 +141,6 @@ def make(
                 with bar.external_write_mode():
                     print(job.path, flush=True)
     return made
-
-
-def tell_strangers(svd: StableVideoDiffusion, jobs: list[Job], size: tuple[int, int], fit: str) -> None:
-    """One line, if the model that ships is given pictures of another kind than the one that it was trained on."""
-    from .images import load_image
-    from .pipeline import FAMILIAR
-
-    images = {job.image for job in jobs} if svd.ships else set()
-    strange = sorted(path for path in images if svd.familiarity(load_image(path, size, fit)) < FAMILIAR)
-    if strange:
-        more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
-        about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
-        tell(f"minisvd: {strange[0]}{more} {about}; for photos: --model svd-xt, the official weights")
 
 
 def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
@@ -231,11 +221,19 @@ def account(args: argparse.Namespace) -> None:
     branches = 2 if run.guided else 1
     blocks = list(unet_blocks(config, frames, latent, branches, build))
     sites = [site for block in blocks for site in block.sites]
+    weighed = {}
+    if args.memory:
+        from .memory import ECONOMIES, memory_table, peaks
+
+        chosen = replace(generation, num_frames=frames, size=(width, height))
+        configs["unet"] = replace(config, vcut=vcut)
+        weighed = dict(zip(map(str, ECONOMIES), peaks(configs, chosen, args.memory, branches=branches), strict=True))
     if args.json:
         asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
         asked |= {"cut_step": args.cut_step, "branches": branches}
         kinds = {kind: asdict(cost) for kind, cost in by_kind(sites).items()}
         drawn = {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
+        drawn |= {"memory": {name: asdict(peak) for name, peak in weighed.items()}} if weighed else {}
         print(json.dumps({**asked, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}))
         return
     step = f"one {'guided' if run.guided else 'single'} step, {branches} x {frames} frames of {width}x{height}"
@@ -243,6 +241,7 @@ def account(args: argparse.Namespace) -> None:
     if args.tree:
         first = {block.name.split(".")[-2]: block for block in reversed(blocks) if "." in block.name}
         parts = [tree(blocks), opened(first["resnets"]), opened(first["attentions"])]
+    parts += [memory_table(weighed)] if weighed else []
     text = "\n\n".join([f"UNet of {args.model}, vcut={vcut!r}: {step}", *parts, ledger(run)])
     print(drawn_in(text, sys.stdout.encoding or "utf-8"))
 
@@ -380,6 +379,7 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")
     add("--zoom", type=int, default=1, metavar="N", help="enlarge the result N times, each pixel a square (default: 1)")
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
+    add("--low-memory", action="store_true", help="least memory, the same video (default on cuda: what fits)")
 
     new(info, [model, placed], "load a model and say what it is made of")
     new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
@@ -394,6 +394,7 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--cut-step", type=int, metavar="C", help=cut_step)
     add("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
+    add("--memory", choices=DTYPES, help="count the peak on the device too, from full speed to --low-memory")
     add("--tree", action="store_true", help="draw the U as it runs, block by block")
     add("--json", action="store_true", help="print one JSON object")
     return top

@@ -6,12 +6,14 @@ leaves the count, and enters it again as it comes back. Attention counts as a fu
 else. Not counted is what a device's libraries take: the context, convolution workspaces, fragmentation.
 """
 
+from __future__ import annotations
+
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,14 @@ from torch.utils._pytree import tree_iter
 from typing_extensions import Self
 
 from .adapt import SLICE, slice_feed_forwards
+from .checkpoint import checked_dtype
 from .clip import ImageEncoder
 from .config import ClipConfig, GenerationConfig
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder, Hold
+
+if TYPE_CHECKING:
+    from .pipeline import StableVideoDiffusion
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class Peak:
 def peaks(
     configs: Mapping[str, Any],
     generation: GenerationConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     economies: Sequence[Economy] = ECONOMIES,
     branches: int = 2,
 ) -> Iterator[Peak]:
@@ -161,6 +167,7 @@ def peaks(
 
     `branches` is 1 for a run without guidance. The latents and the finished frames, a hundredth of it, are left out.
     """
+    dtype = checked_dtype(dtype)
     unet_config, vae_config, t = configs["unet"], configs["vae"], generation.num_frames
     width, height = generation.size
     h, w, c = height // vae_config.factor, width // vae_config.factor, unet_config.in_channels
@@ -210,12 +217,37 @@ def room(device: torch.device) -> int | None:
 MARGIN = 0.9  # of the room; the rest is left to what is not counted
 
 
-def fitting(needs: Sequence[int], device: torch.device, has: int) -> tuple[Economy, str]:
-    """The gentlest of ECONOMIES whose need fits in what the device has; one line that says so, or "" at full speed."""
-    fits = [economy for economy, need in zip(ECONOMIES, needs, strict=True) if need <= MARGIN * has]
-    chosen = fits[0] if fits else ECONOMIES[-1]
-    if chosen == ECONOMIES[0]:
-        return chosen, ""
-    line = f"full speed takes {needs[0] / 1e9:.1f} GB and {device} has {has / 1e9:.1f} GB: {chosen}"
-    least = needs[ECONOMIES.index(chosen)] / 1e9
-    return chosen, f"{line}, {least:.1f} GB" + ("" if fits else "; may not fit: lower --frames or --size")
+def choose(svd: StableVideoDiffusion, used: Mapping[str, Any]) -> tuple[Economy, str]:
+    """The gentlest of ECONOMIES that fits on the model's device for the settings in use; a line on it, if it saves."""
+    has = room(svd.device)
+    if has is None:
+        return ECONOMIES[0], ""
+    configs = {part: getattr(svd, part).config for part in ("unet", "vae", "clip")}
+    generation = GenerationConfig(**{name: used[name] for name in vars(svd.generation)})
+    branches = 1 if used["cut_step"] == 1 or set(generation.guidance) == {1} else 2
+    return fitting(peaks(configs, generation, svd.vae.quant_conv.weight.dtype, branches=branches), has)
+
+
+def fitting(needs: Iterable[Peak], has: int) -> tuple[Economy, str]:
+    """The same of what each of ECONOMIES needs, gentlest first, on a device that has so many bytes."""
+    seen: list[int] = []
+    for need in needs:
+        seen.append(need.largest)
+        if seen[-1] <= MARGIN * has:
+            break
+    economy = ECONOMIES[len(seen) - 1]
+    if economy == ECONOMIES[0]:
+        return economy, ""
+    fits = "" if seen[-1] <= MARGIN * has else ", too much too: lower --frames or --size"
+    room = f"full speed needs {seen[0] / 1e9:.1f} GB and {has / 1e9:.1f} GB are free"
+    return economy, f"{room}; so {economy}, in {seen[-1] / 1e9:.1f} GB{fits}"
+
+
+def memory_table(weighed: Mapping[str, Peak]) -> str:
+    """A line for each economy: GB that each stage allocates, and with the weights that are there the most at once."""
+    stages = list(next(iter(weighed.values())).stages)
+    lines = ["memory on the device, GB: " + ", ".join([*stages, "and with weights the most at once"])]
+    for name, peak in weighed.items():
+        numbers = "".join(f"{size / 1e9:>6.1f}" for size in (*peak.stages.values(), peak.largest))
+        lines.append(f"{numbers}  {name}")
+    return "\n".join(lines)

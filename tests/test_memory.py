@@ -1,17 +1,20 @@
 """Theorem: what is counted by shapes is what a run allocates, and what a run may hold bounds it."""
 
 import copy
+import json
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import minisvd
 from conftest import randomised
 from minisvd import (
     ECONOMIES,
+    PRESETS,
     AutoencoderKLTemporalDecoder,
     ClipConfig,
     Economy,
@@ -21,11 +24,13 @@ from minisvd import (
     StableVideoDiffusion,
     UNetConfig,
     VAEConfig,
+    memory,
     slice_feed_forwards,
 )
 from minisvd.adapt import is_sliced
 from minisvd.attention import GEGLU
-from minisvd.memory import LiveBytes, fused_attention, peaks
+from minisvd.cli import main
+from minisvd.memory import MARGIN, LiveBytes, fitting, fused_attention, peaks
 from minisvd.vae import Hold
 
 SMALL = VAEConfig(block_out_channels=(32, 32, 64, 64))
@@ -195,3 +200,46 @@ def test_a_whole_call_takes_what_was_counted_and_parts_are_where_they_should_be(
     print(f"{foretold.largest / 1e6:.2f} MB foretold, {live.peak / 1e6:.2f} MB in the call: {economy}")
     assert abs(live.peak - foretold.largest) <= 0.03 * foretold.largest
     assert abs(live.peak - longer.largest) > 0.03 * longer.largest  # control
+
+
+def test_svd_xt_fits_where_it_should():
+    """25 frames of 1024x576 in float16: 13 GB at full speed, 6.5 with low_memory; and whatever the room, the gentlest
+    economy that fits in it is chosen, in one line that says so, or says what to lower."""
+    found = list(peaks({"unet": UNetConfig(), "vae": VAEConfig()}, PRESETS["svd-xt"].generation, torch.float16))
+    needs = [peak.largest for peak in found]
+    print(*(f"{need / 1e9:.2f} GB: {economy}" for need, economy in zip(needs, ECONOMIES, strict=True)), sep="\n")
+    assert needs == sorted(needs, reverse=True)
+    assert needs[0] <= 13e9
+    assert needs[-1] <= 6.5e9
+    for has in range(4_000_000_000, 24_000_000_000, 500_000_000):
+        economy, line = fitting(found, has)
+        gentler = needs[: ECONOMIES.index(economy)]
+        assert all(need > MARGIN * has for need in gentler)
+        assert (line == "") == (economy == ECONOMIES[0])
+        assert ("lower --frames or --size" in line) == (needs[-1] > MARGIN * has)
+        assert "\n" not in line
+
+
+def test_the_command_line_counts_chooses_and_says_so(tiny_folder, tmp_path, capsys, monkeypatch):
+    """`account --memory` has the bytes of each economy; `generate` takes the one that fits, or what it is told to."""
+    size = ("--model", str(tiny_folder), "--frames", "3", "--size", "64x64", "--steps", "1", "--json")
+    assert main(["account", *size, "--memory", "float32"]) == 0
+    counted = json.loads(capsys.readouterr().out)["memory"]
+    assert list(counted) == [str(economy) for economy in ECONOMIES]
+    full, *_, least = (peak["largest"] for peak in counted.values())
+
+    def made(room: int | None, *more: str) -> tuple[str, str]:
+        monkeypatch.setattr(memory, "room", lambda _device: room)
+        Image.new("RGB", (64, 64), "navy").save(tmp_path / "image.png")
+        video = str(tmp_path / "video.gif")
+        assert main(["generate", str(tmp_path / "image.png"), "-o", video, *size, "--device", "cpu", *more]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out)["memory"], err
+
+    assert made(None) == made(2 * full) == (str(ECONOMIES[0]), "")
+    assert made(None, "--low-memory") == (str(ECONOMIES[-1]), "")
+    economy, line = made(int(1.05 * full))
+    assert economy in line
+    assert economy != str(ECONOMIES[0])
+    assert "lower" not in line
+    assert "lower --frames or --size" in made(least)[1]
