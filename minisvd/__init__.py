@@ -25,8 +25,10 @@ HOME = {  # the module of each public name; torch is imported by the first name 
     "UNetConfig": "config",
     "VAEConfig": "config",
     "Video": "video",
+    "check": "triviality",
+    "check_model": "sites",
     "checkpoint_activations": "adapt",
-    "dead_names": "triviality",
+    "dead_names": "sites",
     "edm_sigmas": "sampler",
     "fold": "adapt",
     "guided_denoiser": "sampler",
@@ -59,7 +61,9 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from .sampler import guided_denoiser as guided_denoiser
     from .sampler import preconditioning as preconditioning
     from .sampler import sample_euler as sample_euler
-    from .triviality import dead_names as dead_names
+    from .sites import check_model as check_model
+    from .sites import dead_names as dead_names
+    from .triviality import check as check
     from .unet import SpatioTemporalUNet as SpatioTemporalUNet
     from .vae import AutoencoderKLTemporalDecoder as AutoencoderKLTemporalDecoder
     from .video import Video as Video

@@ -93,7 +93,7 @@ def generate(args: argparse.Namespace) -> None:
     default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
     folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
     jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {name: getattr(args, name) for name in (*SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
+    settings = {name: getattr(args, name) for name in ("sigmas", *SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
     check_settings(**settings)
     check_zoom(args.zoom, args.size or (1, 1))
     for image in dict.fromkeys(job.image for job in jobs):
@@ -126,7 +126,8 @@ def make(
     """
     from tqdm import tqdm
 
-    made, single, steps = [], len(jobs) == 1, settings["steps"] or svd.generation.steps
+    made, single = [], len(jobs) == 1
+    steps = len(settings["sigmas"][1:] if settings["sigmas"] else range(settings["steps"] or svd.generation.steps))
     shown = say and sys.stderr.isatty()
     with tqdm(total=len(jobs), desc="videos", unit="video", disable=single or not shown) as bar:
         for job in jobs:
@@ -170,32 +171,29 @@ def info(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every cross-attention of a UNet, in float64 on the CPU. Returns 1 if one is not its linear map, else 0."""
-    from tqdm import tqdm
-
+    """Check every cross-attention of a UNet, in float64 on the CPU. Returns 1 if one is not trivial, else 0."""
     from .attention import CachedCondLinear
-    from .checkpoint import load_unet
-    from .triviality import check_site, cross_attentions, table
+    from .sites import check_model, load_any
 
-    unet = load_unet(args.model, variant=args.variant, revision=args.revision, offline=args.offline, copy=True)
-    attentions = cross_attentions(unet)
-    bar = tqdm(attentions.items(), desc="sites", leave=False, disable=args.json or None)
-    sites = [check_site(name, attention) for name, attention in bar]
-    holding = sum(site.holds for site in sites)
-    parameters = sum(p.numel() for p in unet.parameters())
+    unet, keys = load_any(args.model, variant=args.variant, revision=args.revision, offline=args.offline, copy=True)
+    vcut = getattr(unet.config, "vcut", False)
+    keys = keys if args.keys is None else args.keys
+    found = check_model(unet, keys=keys, progress=not args.json) if vcut is False else None
     if args.json:
-        rows = [asdict(site) | {"holds": site.holds} for site in sites]
-        dead = sum(site.report.dead.numel for site in sites)
-        report = {"model": args.model, "vcut": unet.config.vcut, "sites": rows, "hold": holding}
-        print(json.dumps({**report, "parameters": parameters, "dead_parameters": dead, "versions": versions()}))
-    elif not sites:
+        sites = [
+            asdict(site) | {"finding": site.finding, "holds": site.holds} for site in (found and found.sites) or ()
+        ]
+        totals = {"hold": sum(site["holds"] for site in sites), "parameters": sum(p.numel() for p in unet.parameters())}
+        totals["dead_parameters"] = sum(sum(site["dead"].values()) for site in sites)
+        print(json.dumps({"model": args.model, "vcut": vcut, "sites": sites, **totals, "versions": versions()}))
+    elif found is None:
         linear = sum(isinstance(module, CachedCondLinear) for module in unet.modules())
         are = "linear maps already" if unet.config.cross_attention_dim else "biases: a constant key was folded in"
-        built = f"the UNet is built with vcut={unet.config.vcut!r}, {linear} sites are {are}"
+        built = f"the UNet is built with vcut={vcut!r}, {linear} sites are {are}"
         print(f"nothing to check: {built}; give the model that it was converted from")
     else:
-        print(table(sites, parameters))
-    return int(holding < len(sites))
+        print(found)
+    return int(found is not None and not found.holds)
 
 
 # --- account ------------------------------------------------------------------------------------------------------
@@ -336,7 +334,7 @@ def parser() -> Parser:
     placed = Parser(add_help=False)
     group = placed.add_argument_group("placement")
     group.add_argument("--device", metavar="D", help="such as cuda, cuda:1, mps or cpu (default: the first there is)")
-    group.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
+    group.add_argument("--dtype", choices=(*DTYPES, "auto"), help="auto: half where it is fast (default: on cuda)")
     vcut = "cross-attentions as released (off), folded (lossless), folded and those along time omitted (on)"
     group.add_argument("--vcut", choices=VCUT, help=f"{vcut} (default: as the model was saved)")
 
@@ -363,17 +361,17 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--fit", choices=CHOICES["fit"], default="crop", help="how an image of another shape gets there")
     add("--fps", type=int, default=7, metavar="N", help="frames per second, also told to the model (default: 7)")
-    motion = "0 (still) to 255 (fast) (default: 127)"
-    add("--motion-bucket", type=int, default=127, metavar="N", help=motion)
-    noise_aug = "noise added to the image, which frees the motion from it (default: 0.02)"
-    add("--noise-aug", type=float, default=0.02, metavar="X", help=noise_aug)
+    add("--motion-bucket", type=int, default=127, metavar="N", help="0 (still) to 255 (fast) (default: 127)")
+    add("--noise-aug", type=float, default=0.02, metavar="X", help="noise put on the image (default: 0.02)")
     add("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
+    add("--schedule", choices=CHOICES["schedule"], default="karras", help="of noise levels; ays is made for --steps 10")
+    add("--sigmas", type=float, nargs="+", metavar="S", help="the noise levels themselves, falling to 0")
     guidance = "scale at the first and the last frame; 1 1 is none (default: the model's)"
     add("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help=guidance)
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only at LOW < sigma <= HIGH")
     cut_step = "guide only the steps before C, the first being 1 (default: guide all)"
     add("--cut-step", type=int, metavar="C", help=cut_step)
-    stage2 = "what the image says in the branch from C on (default: mean)"
-    add("--stage2", choices=CHOICES["stage2"], default="mean", help=stage2)
+    add("--stage2", choices=CHOICES["stage2"], default="mean", help="what the image says from C on (default: mean)")
     add_seed = command.add_mutually_exclusive_group().add_argument  # None, as a default that is given is not noticed
     add_seed("--seed", type=parse_seed, metavar="N", help="the same seed gives the same video (default: 0)")
     add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")
@@ -382,7 +380,9 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--low-memory", action="store_true", help="least memory, the same video (default on cuda: what fits)")
 
     new(info, [model, placed], "load a model and say what it is made of")
-    new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
+    command = new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
+    keys = "keys to give a UNet of another architecture (default: as its text encoder, or 1)"
+    command.add_argument("--keys", type=int, metavar="K", help=keys)
 
     command = new(account, [], "count parameters and multiply-accumulates of a UNet, without its weights")
     add = command.add_argument

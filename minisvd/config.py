@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 Vcut = Literal[False, True, "lossless"]
 """What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere."""
 Stage2 = Literal["mean", "cond", "uncond"]  # the share of the embedding in stage two: half, all, none
+Schedule = Literal["karras", "ays"]  # of the noise levels: EDM's formula, or the ten that were optimised for SVD
 Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape gets to the model's
 
 VCUT: dict[str, Vcut] = {"off": False, "on": True, "lossless": "lossless"}  # as the command line spells it
@@ -86,12 +87,13 @@ SETTINGS = {  # of a call, of the command line and of generation_config.json ali
     "motion_bucket": Setting(False, 0, 10_000, why="; 0 is still, 255 fast"),
     "noise_aug": Setting(False, 0, 1000, why=", a standard deviation, usually 0.02"),
     "guidance": Setting(False, -1000, 1000, ("min", "max"), rising=True),
+    "guidance_interval": Setting(False, 0, 1e9, ("low", "high"), rising=True, why=", in units of sigma"),
     "cut_step": Setting(True, 1, 1_000_000, why="; steps count from 1"),
     "size": Setting(True, 1, 4096, ("width", "height"), why=" pixels"),
     "seed": Setting(True, 0, 2**32 - 1, why=", of which the generator uses all 32 bits"),
     "zoom": Setting(True, 1, 8192),
 }
-CHOICES = {"stage2": get_args(Stage2), "fit": get_args(Fit)}
+CHOICES = {"stage2": get_args(Stage2), "fit": get_args(Fit), "schedule": get_args(Schedule)}
 COUNT, MANY, WIDTH = Setting(True, 1, 32), Setting(True, 1, 1024), Setting(True, 1, 2**16)  # of layers, and of channels
 
 

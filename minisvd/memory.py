@@ -167,7 +167,7 @@ def peaks(
 
     `branches` is 1 for a run without guidance. The latents and the finished frames, a hundredth of it, are left out.
     """
-    dtype = checked_dtype(dtype)
+    dtype = checked_dtype(dtype, torch.device("cpu"))
     unet_config, vae_config, t = configs["unet"], configs["vae"], generation.num_frames
     width, height = generation.size
     h, w, c = height // vae_config.factor, width // vae_config.factor, unet_config.in_channels

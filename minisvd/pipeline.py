@@ -6,6 +6,7 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,10 @@ from tqdm import tqdm
 from .adapt import is_sliced, slice_feed_forwards
 from .checkpoint import BROKEN, checked_device, checked_dtype, finite, locate, resolve
 from .clip import ImageEncoder
-from .config import SETTINGS, Fit, GenerationConfig, Stage2, Vcut, check, shown
+from .config import SETTINGS, Fit, GenerationConfig, Schedule, Stage2, Vcut, check, shown
 from .images import ImageLike, load_image
 from .memory import ECONOMIES, Economy
-from .sampler import GuidanceSchedule, edm_sigmas, euler_steps, guided_denoiser, initial_latents
+from .sampler import SIGMAS, GuidanceSchedule, euler_steps, guided_denoiser, initial_latents
 from .save import save_folder
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder, VideoResBlock
@@ -54,6 +55,8 @@ class Settings(TypedDict, total=False):
     guidance: tuple[float, float] | None
     cut_step: int | None
     stage2: Stage2
+    guidance_interval: tuple[float, float] | None
+    schedule: Schedule
     sigmas: Tensor | Sequence[float] | None
     seed: int | Sequence[int]
     noise: Tensor | np.ndarray | None
@@ -67,7 +70,7 @@ class Settings(TypedDict, total=False):
 
 
 PER_IMAGE = ("fps", "motion_bucket", "noise_aug", "seed")  # settings that may have one value for each image
-OPTIONAL = ("num_frames", "steps", "guidance", "size", "decode_chunk", "cut_step")  # None: the model's, or no cut
+OPTIONAL = ("num_frames", "steps", "guidance", "size", "decode_chunk", "cut_step", "guidance_interval", "sigmas")
 
 
 def check_settings(**settings: Any) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def check_settings(**settings: Any) -> dict[str, Any]:
     """
     checked = {}
     for name, value in settings.items():
-        checker = SETTINGS[name].check_each if name in PER_IMAGE else check
+        checker = SETTINGS[name].check_each if name in PER_IMAGE else checked_sigmas if name == "sigmas" else check
         checked[name] = None if value is None and name in OPTIONAL else checker(name, value)
     for value in checked.get("motion_bucket", ()):
         if value > 255:
@@ -138,6 +141,8 @@ class StableVideoDiffusion:
         guidance: tuple[float, float] | None = None,
         cut_step: int | None = None,
         stage2: Stage2 = "mean",
+        guidance_interval: tuple[float, float] | None = None,
+        schedule: Schedule = "karras",
         sigmas: Tensor | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | np.ndarray | None = None,
@@ -160,7 +165,9 @@ class StableVideoDiffusion:
         guidance       (scale of the first frame, of the last), linear between; (1, 1) is none
         cut_step       guided while step < cut_step, one branch from there on; None: guided throughout
         stage2         what that branch is told of the image: "mean" (half the embedding), "cond" or "uncond"
-        sigmas         noise levels [steps+1] that fall to 0, instead of `edm_sigmas(steps)`
+        guidance_interval  (low, high): guided only at noise levels low < sigma <= high; one branch elsewhere
+        schedule       of the noise levels: "karras" (`edm_sigmas`) or "ays" (`ays_sigmas`, made for 10 steps)
+        sigmas         noise levels [steps+1] that fall to 0, instead of such a schedule
         seed           of the two draws below, made on the CPU, the same on every device; each row of a batch draws
                        from its own generator, so that it is what it would be alone
         noise          [b,t,4,h,w], unit variance, and aug_noise [b,3,H,W]: instead of the seeded draws
@@ -176,14 +183,15 @@ class StableVideoDiffusion:
         """
         given = check_settings(
             num_frames=num_frames, steps=steps, fps=fps, motion_bucket=motion_bucket, noise_aug=noise_aug,
-            guidance=guidance, cut_step=cut_step, stage2=stage2, seed=seed, size=size, fit=fit,
-            decode_chunk=decode_chunk,
+            guidance=guidance, guidance_interval=guidance_interval, cut_step=cut_step, stage2=stage2,
+            schedule=schedule, sigmas=sigmas, seed=seed, size=size, fit=fit, decode_chunk=decode_chunk,
         )  # fmt: skip
         chosen = vars(self.generation) | {name: value for name, value in given.items() if value is not None}
         width, height = chosen["size"]
         self.check_size((width, height))
         self.check_parts()
-        sigmas = edm_sigmas(chosen["steps"]) if sigmas is None else checked_sigmas(sigmas)
+        levels_of = SIGMAS[given["schedule"]]
+        noise_levels: Tensor = levels_of(chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
         if callback is not None and not callable(callback):
             raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
         if not isinstance(low_memory, bool | Economy):
@@ -205,8 +213,10 @@ class StableVideoDiffusion:
         shape = (chosen["num_frames"], self.unet.config.out_channels, height // factor, width // factor)
         noise = drawn("noise", noise, shape, generators)
 
-        schedule, videos = GuidanceSchedule(*chosen["guidance"], cut_step=given["cut_step"], stage2=given["stage2"]), []
-        run = partial(self.sample, sigmas=sigmas, schedule=schedule, callback=callback, progress=progress)
+        stop, start = given["guidance_interval"] or (0.0, math.inf)
+        staged: dict[str, Any] = {name: given[name] for name in ("cut_step", "stage2")} | {"start": start, "stop": stop}
+        guide, videos = GuidanceSchedule(*chosen["guidance"], **staged), []
+        run = partial(self.sample, sigmas=noise_levels, schedule=guide, callback=callback, progress=progress)
         for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
             inputs = [tensor[rows].to(device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             with self.saving(economy):
@@ -372,7 +382,7 @@ def drawn(name: str, given: Any, shape: tuple[int, ...], generators: list[torch.
     return given
 
 
-def checked_sigmas(sigmas: Any) -> Tensor:
+def checked_sigmas(_name: str, sigmas: Any) -> Tensor:
     """Noise levels that fall strictly, from a finite one to 0."""
     sigmas = float32("sigmas", sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] != 0 or not (sigmas.diff() < 0).all() or sigmas[0].isinf():
@@ -394,13 +404,15 @@ def load(
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
+    `dtype` "auto" is the fast half precision of the device, if it has one (`checkpoint.checked_dtype`).
     `vcut` is the UNet's build (see `SpatioTemporalUNet`): False as released, "lossless" the same function with each
     cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
     files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before. Weights that
     need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
-    dtype, device = checked_dtype(dtype), checked_device(device)  # before anything is downloaded
+    device = checked_device(device)  # before anything is downloaded
+    dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -4,9 +4,11 @@ Nothing here draws random numbers. Latents, noise levels and guidance are float3
 Axes: b batch, t frames, c channels, h w latent grid. sigma is a standard deviation, in units of the data's own.
 
 Source: arXiv 2206.00364 (EDM: Eq. 5, Eq. 7, Algorithm 1 without the correction), arXiv 2311.15127, appendix D
-(guidance that grows over the frames), arXiv 2407.19205, section III (guidance only before a cut step; Eq. 4).
+(guidance that grows over the frames), arXiv 2407.19205, section III (guidance only before a cut step; Eq. 4),
+arXiv 2404.14507 (align your steps), arXiv 2404.07724 (guidance in an interval of noise levels).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,7 +18,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .config import SETTINGS, Stage2, check
+from .config import SETTINGS, Schedule, Stage2, check
 
 Denoise = Callable[[Tensor, Tensor, int], Tensor]
 """(x, sigma, step) -> D(x; sigma): denoised latents. Steps count from 1."""
@@ -34,6 +36,23 @@ def edm_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: 
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+AYS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034)
+
+
+def ays_sigmas(n: int) -> Tensor:
+    """The noise levels [n+1] of "align your steps" for SVD: `AYS` for n = 10, else of as many on the lines between
+    their logarithms, at equal distances; then 0. Raises ValueError for n < 1."""
+    n = SETTINGS["steps"].check("number of steps", n)
+    at = torch.linspace(0, len(AYS) - 1, n, dtype=torch.float64, device="cpu")
+    logs = torch.tensor(AYS, dtype=torch.float64, device="cpu").log()
+    left = at.long().clamp(max=len(AYS) - 2)
+    sigmas = torch.lerp(logs[left], logs[left + 1], at - left).exp()
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+SIGMAS: dict[Schedule, Callable[[int], Tensor]] = {"karras": edm_sigmas, "ays": ays_sigmas}
 
 
 def preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,34 +84,40 @@ class GuidanceSchedule:
 
     The scale grows linearly over the frames from `min_scale` to `max_scale`. Steps count from 1.
 
-    Stage one, step < cut_step (None: all steps): classifier-free guidance, on a batch of two. A scale of 1 in every
-    frame is the conditional branch itself, which then runs alone.
-    Stage two, step >= cut_step: one branch, conditioned on the image's latent and on a share of its embedding: half
-    of it for `stage2` "mean", which gives each cross-attention the mean of its two outputs; all for "cond"; none for
-    "uncond".
+    Stage one, step < cut_step (None: all steps) from a level of stop < sigma <= start: classifier-free guidance, on a
+    batch of two. A scale of 1 in every frame is the conditional branch itself, which then runs alone.
+    Stage two, all other steps: one branch, conditioned on the image's latent and on a share of its embedding: half of
+    it for `stage2` "mean", which gives each cross-attention the mean of its two outputs; all for "cond"; none for
+    "uncond". A cut at step C is a stop at the level that step C leaves, sigmas[C - 1].
 
-    Raises ValueError as `config.check` does: unless min_scale <= max_scale, for cut_step < 1, for another `stage2`.
+    Raises ValueError as `config.check` does: unless min_scale <= max_scale and stop <= start, for cut_step < 1, for
+    another `stage2`.
     """
 
     min_scale: float
     max_scale: float
     cut_step: int | None = None
     stage2: Stage2 = "mean"
+    start: float = math.inf
+    stop: float = 0.0
 
     def __post_init__(self) -> None:
         check("guidance", (self.min_scale, self.max_scale))
         if self.cut_step is not None:
             check("cut_step", self.cut_step)
         check("stage2", self.stage2)
+        check("guidance_interval", (self.stop, min(self.start, SETTINGS["guidance_interval"].high)))
 
     @property
     def guides(self) -> bool:
         """Does stage one run both branches?"""
         return not self.min_scale == self.max_scale == 1
 
-    def stage(self, step: int) -> int:
-        """1 before the cut step, 2 from it on."""
-        return 1 if self.cut_step is None or step < self.cut_step else 2
+    def stage(self, step: int, sigma: float | Tensor) -> int:
+        """1 before the cut step and inside the interval, else 2."""
+        everywhere = self.stop == 0 and self.start == math.inf  # then the level is not asked for: it may be on a device
+        inside = everywhere or self.stop < float(sigma) <= self.start
+        return 1 if inside and (self.cut_step is None or step < self.cut_step) else 2
 
     def scales(self, num_frames: int) -> Tensor:
         """[t]: the scale of each frame."""
@@ -153,7 +178,7 @@ def guided_denoiser(
     stages = {1: guided if schedule.guides else conditional, 2: shared}
 
     def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        return stages[schedule.stage(step)](x, sigma)
+        return stages[schedule.stage(step, sigma)](x, sigma)
 
     return denoise
 

@@ -1,295 +1,271 @@
-"""Is a cross-attention trivial? Checks that measure it, for any callable attend(x, context) -> tokens.
+"""Is a cross-attention trivial? Measured, for any callable attend(x, context) -> tokens.
 
-    report = check(attend, x, context)       x [(b r), s, c] query tokens, context [b, k, c'] keys, as attend takes them
-    report.holds; report.query.change; report.affinity.relative; report.dead.names; print(report)
+    print(check(attend, x, context))     x [(b r), s, c] query tokens, context [b, k, c'] keys, as attend takes them
 
     check(lambda x, context: attn(x, encoder_hidden_states=context), x, context, attn)       an Attention of diffusers
+    linear = folded(attend, x, context)  a trivial one as what it is, W c + b; minisvd.fold does so for a UNet of ours
 
 A softmax over one key is 1, so attention over one key is an affine map of that key, whatever the query: to_q and to_k
-have neither effect nor gradient. Each check measures one of these consequences and `control` adds a second key, with
-which they must fail. What is measured is this module with these weights at these inputs and at seeded redraws of them.
+have neither effect nor gradient. Each of these consequences is measured, and again with a key more, the control, where
+they must fail. What is measured is this module with these weights at these inputs and at seeded redraws of them.
 
 Exactness. In IEEE arithmetic exp(0) = 1, 1 / 1 = 1 and 1 * v = v, so on a CPU nothing of the query is left, not even
-rounding, and the default tolerance is 0. On an accelerator exp may come out of a fused multiply-add: allow a few eps.
+rounding; but a residual that is added and taken off again, or equal keys that are averaged, leave some eps.
 Gradients are taken through torch's written-out softmax: a fused kernel's backward gets 0 as the difference of two
 sums of one value in two orders, and leaves about eps (which Adam, dividing by its size, makes a full step of).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from .attention import Attention
+from torch.utils.flop_counter import FlopCounterMode
 
 Attend = Callable[[Tensor, Tensor], Tensor]
-
 
 # --- results --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class QuerySensitivity:
-    """How far the output moves with the query; holds if it does not.
+class Report:
+    """What was measured of one attention f(x, c); differences are relative to the largest |f|.
 
-    change     largest |attend(x', context) - attend(x, context)| over redrawn queries x'
-    gradient   largest |d <g, attend(x, context)> / dx| for a random g, which misses no Jacobian but by chance zero
-    magnitude  largest |attend(x, context)|
-    tolerance  of change and gradient, relative to magnitude
+    keys        how many there are in c; `alike` if there are several, all the same, as they then stay when redrawn
+    query       largest |f(x', c) - f(x, c)| over redrawn x', or |d <g, f> / dx| for a random g, if that is larger
+    context     largest |f(x, c') - f(x, c)| over redrawn c'
+    affinity    largest |f(x, (1-a) c + a c') - (1-a) f(x, c) - a f(x, c')| over a in (-1, 1/2, 2), of its terms' size
+    tolerance   up to which query and affinity are rounding
+    dead        what has neither gradient nor influence, parameters or rows of them: name -> how many numbers
+    parameters  numbers in the module's parameters, None where it was not given
+    saves       how many parameters and multiply-accumulates W c + b in its place would save, if that is the same
+    macs        multiply-accumulates of this call, of its matrix products
+    control     the same with one key more, None where it was left out
     """
-
-    change: float
-    gradient: float
-    magnitude: float
-    tolerance: float
-
-    @property
-    def relative(self) -> float:
-        return ratio(max(self.change, self.gradient), self.magnitude)
-
-    @property
-    def holds(self) -> bool:
-        return self.relative <= self.tolerance
-
-    def __str__(self) -> str:
-        verdict = "independent of the query" if self.holds else "depends on the query"
-        return f"{verdict}: change {self.change:.1e}, gradient {self.gradient:.1e}, of {self.magnitude:.1e}"
-
-
-@dataclass(frozen=True)
-class Affinity:
-    """How far the output is from affine in the context, f((1-a) c + a c') = (1-a) f(c) + a f(c').
-
-    defect     largest difference of the two sides, over a in (-1, 1/2, 2) and redrawn c'
-    magnitude  largest |(1-a) f(c)| + |a f(c')|
-    tolerance  of defect, relative to magnitude
-    """
-
-    defect: float
-    magnitude: float
-    tolerance: float
-
-    @property
-    def relative(self) -> float:
-        return ratio(self.defect, self.magnitude)
-
-    @property
-    def holds(self) -> bool:
-        return self.relative <= self.tolerance
-
-    def __str__(self) -> str:
-        verdict = "affine in the context" if self.holds else "not affine in the context"
-        return f"{verdict}: defect {self.defect:.1e} of {self.magnitude:.1e}, allowed {self.tolerance:.1e} of it"
-
-
-@dataclass(frozen=True)
-class Influence:
-    """Of one parameter: the largest |d <g, output> / d parameter|, and largest |change| of the output if redrawn."""
 
     name: str
-    numel: int
-    gradient: float
-    change: float
-
-
-@dataclass(frozen=True)
-class DeadParameters:
-    """What each parameter does, the others staying as they are. Dead: no gradient AND no influence.
-
-    magnitude  largest |output|
-    tolerance  of a dead parameter's change, relative to magnitude, and gradient, relative to the largest of all
-    """
-
-    parameters: tuple[Influence, ...]
-    magnitude: float
+    keys: int
+    alike: bool
+    query: float
+    context: float
+    affinity: float
     tolerance: float
+    dead: dict[str, int]
+    parameters: int | None
+    saves: tuple[int, int]
+    macs: int
+    control: "Report | None" = None
 
     @property
-    def dead(self) -> tuple[Influence, ...]:
-        steepest = max((p.gradient for p in self.parameters), default=0.0)
-        return tuple(
-            p
-            for p in self.parameters
-            if p.gradient <= self.tolerance * steepest and p.change <= self.tolerance * self.magnitude
-        )
+    def finding(self) -> tuple[str, str]:
+        """The verdict, "trivial", "not trivial" or "undecided", and its reason."""
+        keys, more = "1 key" if self.keys == 1 else f"{self.keys} keys", self.control
+        over = f"over {keys}, all the same," if self.alike else f"over {keys}"
+        if self.query > self.tolerance:
+            return "not trivial", f"{over} the output moves with the query, by {self.query:.1e} of its size"
+        if self.affinity > self.tolerance:
+            return "not trivial", f"{over} the output is off a linear map of them by {self.affinity:.1e} of its size"
+        exact = "to the bit" if self.query == 0 else "to rounding"
+        if more is None:
+            return "trivial", f"{over} it is W c + b, {exact}; no control was run: a linear layer is that too"
+        if more.query > self.tolerance and more.affinity > self.tolerance:
+            return "trivial", f"{over} the output is W c + b, whatever the query, {exact}"
+        why = "a second key brings in no query: linear, but by no softmax"
+        if self.context <= self.tolerance:
+            why = "the output is one constant, as behind a projection of zeros"
+        elif more.query > self.tolerance:
+            why = "it stays linear in two keys: no softmax over keys"
+        return "undecided", f"only the control failed: {why}"
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of the dead ones."""
-        return tuple(p.name for p in self.dead)
-
-    @property
-    def numel(self) -> int:
-        """How many numbers are dead."""
-        return sum(p.numel for p in self.dead)
-
-    def __str__(self) -> str:
-        alive = [f"{p.name} {p.gradient:.1e}/{p.change:.1e}" for p in self.parameters if p not in self.dead]
-        total = sum(p.numel for p in self.parameters)
-        dead = " ".join(self.names) or "none"
-        return f"dead: {dead} ({self.numel:,} of {total:,}); gradient/influence of others: {' '.join(alive) or 'none'}"
-
-
-@dataclass(frozen=True)
-class TwoKeyControl:
-    """The same measurements with one key more. Holds if the output then depends on the query and is not affine:
-    the checks can fail on this module, and it was the single key that made it trivial."""
-
-    query: QuerySensitivity
-    affinity: Affinity
-    dead: DeadParameters
+    def verdict(self) -> str:
+        return self.finding[0]
 
     @property
     def holds(self) -> bool:
-        return not self.query.holds and not self.affinity.holds
+        """Is it trivial, and not with one key more?"""
+        return self.verdict == "trivial"
 
     def __str__(self) -> str:
-        return f"with one key more: {self.query}; {self.affinity}; {self.dead}"
+        of = f"query {self.query:.1e}, context {self.context:.1e}, off linear {self.affinity:.1e}"
+        lines = [": ".join(self.finding), f"moved, of its size: {of}; rounding {self.tolerance:.1e}"]
+        if self.control is not None:
+            there = shorten(", ".join(self.control.dead) or "nothing", 30, placeholder=" ...")
+            there = "" if self.parameters is None else f"; dead then: {there}"
+            of = f"query {self.control.query:.1e}, off linear {self.control.affinity:.1e}"
+            lines.append(f"with a key more: {of}{there}")
+        if self.parameters is None:
+            return "\n".join([*lines, "dead: not looked for; give the module that the parameters belong to"])
+        names = shorten(", ".join(self.dead) or "nothing", 58, placeholder=" ...")
+        lines.append(f"dead: {names}; {sum(self.dead.values()):,} of {self.parameters:,} parameters")
+        if self.holds and any(self.saves):
+            parameters, macs = (
+                f"{n:,} of {of:,}" for n, of in zip(self.saves, (self.parameters, self.macs), strict=True)
+            )
+            lines.append(f"a fold saves: {parameters} parameters, {macs} MACs")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return html(str(self))
 
 
-@dataclass(frozen=True)
-class Report:
-    """All four. Holds if the module is trivial and would not be with one key more."""
-
-    query: QuerySensitivity
-    affinity: Affinity
-    dead: DeadParameters
-    control: TwoKeyControl
-
-    @property
-    def holds(self) -> bool:
-        return self.query.holds and self.affinity.holds and self.control.holds
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, ("trivial" if self.holds else "not trivial", *vars(self).values())))
+def html(report: str) -> str:
+    """A report for a notebook: its first line, and the others folded out below."""
+    head, _, rest = escape(report).partition("\n")
+    return f"<details open><summary><b>{head}</b></summary><pre>{rest}</pre></details>"
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check(
-    attend: Attend, x: Tensor, context: Tensor, module: nn.Module | None = None, *, tolerance: float = 0.0
+    attend: Attend,
+    x: Tensor,
+    context: Tensor,
+    module: nn.Module | None = None,
+    *,
+    control: bool = True,
+    tolerance: float | None = None,
 ) -> Report:
-    """Every check below on attend(x, context), the parameters being those of `module`, or of `attend` itself.
+    """Every measure below of attend(x, context), with its keys and with one more.
 
-    Sharpest in float64. Raises ValueError for a `context` that is not [b, k, c'], for an output that is no tensor, not
-    finite or not the same twice, and where `attend` is no module and none is given.
+    Dead parameters are looked for in `module`, by default `attend` itself if it is one, or that of which it is a
+    method. `control=False` leaves out the second key, for a module that insists on one. The default tolerance is
+    `rounding`; sharpest in float64. Raises ValueError for a `context` that is not [b, k, c'], for an output that is no
+    tensor, not finite or not the same twice, and where a key more cannot be given.
     """
-    query = query_sensitivity(attend, x, context, tolerance=tolerance)
-    dead = dead_parameters(attend, x, context, module, tolerance=tolerance)
-    control = two_key_control(attend, x, context, module, tolerance=tolerance)
-    return Report(query, affinity(attend, x, context), dead, control)
+    owner = module or getattr(attend, "__self__", attend)
+    with torch.inference_mode(False):
+        x, context = x.detach().clone(), context.detach().clone()  # copies, as autograd refuses inference tensors
+        return measured(
+            "", attend, attend, x, context, owner if isinstance(owner, nn.Module) else None, control, tolerance
+        )
 
 
-def query_sensitivity(attend: Attend, x: Tensor, context: Tensor, *, tolerance: float = 0.0) -> QuerySensitivity:
-    """Redraw the query at 0, 1 and 10 times its scale, and differentiate by it. Raises as `check` does."""
-    out, redraw = first_output(attend, x, context), Redraw()
+def measured(
+    name: str,
+    branch: Attend,
+    whole: Attend,
+    x: Tensor,
+    context: Tensor,
+    module: nn.Module | None,
+    control: bool,
+    tolerance: float | None = None,
+) -> Report:
+    """The report on `branch`, a summand of the module's output `whole`, or all of it."""
+    out = first_output(whole, x, context)
+    magnitude, parameters = largest(branch(x, context)), None
+    if tolerance is None:  # of a branch, what is lost beside the others
+        tolerance = rounding(out.dtype) * max(1, ratio(largest(out), magnitude))
+    alike = context.shape[1] > 1 and torch.equal(context, context[:, :1].expand_as(context))
+    dead, more, saves, macs = {}, None, (0, 0), multiply_accumulates(whole, x, context)
+    if module is not None:
+        parameters = sum(p.numel() for p in module.parameters())
+        dead = dead_parameters(whole, x, context, module, tolerance=tolerance)
+    if control:
+        longer = torch.cat([context, Redraw()(context[:, :1])], dim=1)
+        try:
+            whole(x, longer)
+        except Exception as error:
+            raise ValueError(f"a key more cannot be given ({error}): leave it out, control=False") from error
+        more = measured(name, branch, whole, x, longer, module, False, tolerance)
+    if branch is not whole:  # the shared parameters are others' as well
+        dead = {key: count for key, count in dead.items() if more is None or key not in more.dead}
+    elif alike or context.shape[1] == 1:
+        b, _, c = context.shape
+        saves = max(0, (parameters or 0) - (c + 1) * out.shape[-1]), max(0, macs - b * c * out.shape[-1])
+    query = ratio(query_effect(branch, x, context), magnitude)
+    moved, affinity = context_effect(branch, x, context)
+    moved, counts = ratio(moved, magnitude), (dead, parameters, saves, macs)
+    return Report(name, context.shape[1], alike, query, moved, affinity, tolerance, *counts, more)
+
+
+def query_effect(attend: Attend, x: Tensor, context: Tensor) -> float:
+    """How far the output moves as the query is redrawn at 0, 1 and 10 times its scale, or its gradient by the query, if
+    that is larger: largest |d <g, f> / dx| for a random g, which misses no Jacobian but by chance zero."""
+    out, redraw, leaf = attend(x, context).detach(), Redraw(), x.detach().clone()
     with torch.no_grad():
         change = max(largest(attend(scale * redraw(x), context) - out) for scale in (0, 1, 10))
-    leaf = x.detach().clone()
     (gradient,) = gradients(lambda: attend(leaf, context), [leaf])
-    return QuerySensitivity(change, gradient, largest(out), tolerance)
+    return max(change, largest(gradient))
 
 
-def affinity(attend: Attend, x: Tensor, context: Tensor, *, tolerance: float | None = None) -> Affinity:
-    """Compare the output at points of lines through `context` with the line through two of them.
+def context_effect(attend: Attend, x: Tensor, context: Tensor) -> tuple[float, float]:
+    """How far the output moves as the context is redrawn, and how far it is from affine in it, relative to its terms.
 
-    The default tolerance is rounding: 64 eps in float64 and float32, whose sums of about a thousand terms collect
-    it; 8 eps in half precision, whose sums are float32 and only their ends rounded. Raises as `check` does.
+    Affine: f((1-a) c + a c') = (1-a) f(c) + a f(c'), here for a in (-1, 1/2, 2) and redrawn c'. Keys that are all the
+    same stay so: a copy of one key is no key of its own.
     """
-    out, redraw, defect, magnitude = first_output(attend, x, context), Redraw(), 0.0, 0.0
+    out, redraw, moved, defect, magnitude = attend(x, context).detach(), Redraw(), 0.0, 0.0, 0.0
+    own = context[:, :1] if torch.equal(context, context[:, :1].expand_as(context)) else context
     with torch.no_grad():
         for a in (-1.0, 0.5, 2.0):
-            other = redraw(context)
-            ends = (1 - a) * out, a * attend(x, other)
-            between = attend(x, torch.lerp(context, other, a))
-            defect = max(defect, largest(between - ends[0] - ends[1]))
+            other = redraw(own).expand_as(context)
+            there = attend(x, other)
+            ends = (1 - a) * out, a * there
+            moved = max(moved, largest(there - out))
+            defect = max(defect, largest(attend(x, torch.lerp(context, other, a)) - ends[0] - ends[1]))
             magnitude = max(magnitude, largest(ends[0].abs() + ends[1].abs()))
-    return Affinity(defect, magnitude, rounding(out.dtype) if tolerance is None else tolerance)
+    return moved, ratio(defect, magnitude)
 
 
 def dead_parameters(
-    attend: Attend, x: Tensor, context: Tensor, module: nn.Module | None = None, *, tolerance: float = 0.0
-) -> DeadParameters:
-    """Differentiate by every parameter of `module` (by default `attend`), then redraw one after another.
+    attend: Attend, x: Tensor, context: Tensor, module: nn.Module, *, tolerance: float = 0.0
+) -> dict[str, int]:
+    """What has no gradient AND no influence, name -> how many numbers: parameters, or rows of them, as name[64:128],
+    such as the keys of a packed projection.
 
-    Parameters are written to and restored, bit for bit. At zero weights more is dead than in general: behind a zero
-    to_out, all. Raises as `check` does.
+    Rows without gradient (up to `tolerance` of the steepest) are redrawn, the others staying as they are, and restored,
+    bit for bit; dead if the output does not move (up to `tolerance` of it). At zero weights more is dead than in
+    general: behind a zero to_out, all.
     """
-    module = attend if module is None and isinstance(attend, nn.Module) else module
-    if module is None:
-        raise ValueError("attend is a function, whose parameters cannot be seen: give the module they belong to")
-    out, redraw = first_output(attend, x, context), Redraw()
-    parameters = dict(module.named_parameters())
+    out, redraw, dead = attend(x, context).detach(), Redraw(), {}
+    tolerance = min(tolerance, rounding(torch.float32))  # half precision has no eye for what is weak
+    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.numel()}
     steepness = gradients(lambda: attend(x, context), list(parameters.values()))
-    influences = []
+    steepest = max(map(largest, steepness), default=0.0)
     for (name, parameter), gradient in zip(parameters.items(), steepness, strict=True):
-        kept = parameter.detach().clone()
+        rows = gradient.abs().reshape(len(parameter) if parameter.ndim else 1, -1).amax(dim=1) <= tolerance * steepest
+        if not rows.any():
+            continue
+        kept, each = parameter.detach().clone(), parameter.numel() // len(rows)
         with torch.no_grad():
             try:
-                parameter.copy_(redraw(kept))
+                parameter.copy_(torch.where(rows.repeat_interleave(each).view_as(kept), redraw(kept), kept))
                 change = largest(attend(x, context) - out)
             finally:
                 parameter.copy_(kept)
-        influences.append(Influence(name, parameter.numel(), gradient, change))
-    return DeadParameters(tuple(influences), largest(out), tolerance)
+        if change <= tolerance * largest(out):
+            edges = torch.diff(rows.int(), prepend=rows.new_zeros(1).int(), append=rows.new_zeros(1).int()).nonzero()
+            spans = ", ".join(f"{a}:{b}" for a, b in edges.view(-1, 2).tolist())
+            dead[name if rows.all() else f"{name}[{spans}]"] = int(rows.sum()) * each
+    return dead
 
 
-def two_key_control(
-    attend: Attend, x: Tensor, context: Tensor, module: nn.Module | None = None, *, tolerance: float = 0.0
-) -> TwoKeyControl:
-    """The checks above after a random key was appended to `context`. Raises as `check` does."""
-    longer = torch.cat([context, Redraw()(context[:, :1])], dim=1)
-    query = query_sensitivity(attend, x, longer, tolerance=tolerance)
-    dead = dead_parameters(attend, x, longer, module, tolerance=tolerance)
-    return TwoKeyControl(query, affinity(attend, x, longer), dead)
+def multiply_accumulates(attend: Attend, x: Tensor, context: Tensor) -> int:
+    """Of the matrix products and convolutions in attend(x, context)."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        attend(x, context)
+    return counter.get_total_flops() // 2
 
 
-# --- the sites of a UNet --------------------------------------------------------------------------------------------
+@torch.no_grad()
+def folded(attend: Attend, x: Tensor, context: Tensor) -> nn.Linear:
+    """The W c + b that a trivial attention computes, found by asking it: b of c = 0, W's columns of the unit vectors.
 
-
-@dataclass(frozen=True)
-class SiteCheck:
-    """One cross-attention of a UNet: its width c, the largest |attention - linear| and |attention|, and the report.
-
-    Holds if the report does, exactly to_q and to_k are dead with one key and nothing is with two, and the attention
-    is the linear map to 1e-12 of its magnitude.
+    x [(b r), s, c] and context [b, k, c'] as for `check`, k copies of one key; the result takes [..., c'].
     """
-
-    name: str
-    width: int
-    error: float
-    magnitude: float
-    report: Report
-
-    @property
-    def relative(self) -> float:
-        return ratio(self.error, self.magnitude)
-
-    @property
-    def holds(self) -> bool:
-        dead, revived = self.report.dead.names, not self.report.control.dead.names
-        return self.report.holds and dead == ("to_q.weight", "to_k.weight") and revived and self.relative <= 1e-12
-
-
-def cross_attentions(unet: nn.Module) -> dict[str, Attention]:
-    """The sites at which `unet` has a cross-attention: 32 in the released model, none where a vcut build has removed
-    or replaced them."""
-    return {name: m for name, m in unet.named_modules() if name.split(".")[-1] == "attn2" and isinstance(m, Attention)}
-
-
-def dead_names(unet: nn.Module) -> set[str]:
-    """Parameters that no gradient can reach while each attn2 hears one key: its queries and keys, and the norm before.
-
-    Leave them out of what is trained and of what gets a LoRA; an optimiser's weight decay would still move them.
-    """
-    sites = cross_attentions(unet)
-    projections = {f"{site}.{name}.weight" for site in sites for name in ("to_q", "to_k")}
-    return projections | {f"{site[:-5]}norm2.{name}" for site in sites for name in ("weight", "bias")}
+    c = context.shape[-1]
+    asked = torch.cat([torch.zeros(1, c), torch.eye(c)])[:, None].expand(-1, context.shape[1], -1).to(context)
+    out = attend(x[:1].expand(c + 1, -1, -1), asked)[:, 0]
+    linear = nn.Linear(c, out.shape[-1], device=out.device, dtype=out.dtype)
+    linear.weight.copy_((out[1:] - out[0]).T)
+    linear.bias.copy_(out[0])
+    return linear
 
 
 def linear_map(attention: nn.Module) -> tuple[Tensor, Tensor]:
@@ -297,44 +273,6 @@ def linear_map(attention: nn.Module) -> tuple[Tensor, Tensor]:
     names = "to_out.0.weight", "to_v.weight", "to_out.0.bias"
     to_out, to_v, bias = (attention.get_parameter(name).detach().double() for name in names)
     return to_out @ to_v, bias
-
-
-def check_site(name: str, attention: Attention) -> SiteCheck:
-    """Check a copy of `attention` in float64 on the CPU, where what is left is the theorem, not rounding.
-
-    Two rows of context serve three query rows of four tokens each: enough, since tokens do not see each other.
-    """
-    attention = copy.deepcopy(attention).cpu().double().eval()
-    redraw = Redraw()
-    x = redraw(torch.ones(6, 4, attention.to_q.in_features, dtype=torch.float64, device="cpu"))
-    context = redraw(torch.ones(2, 1, attention.to_v.in_features, dtype=torch.float64, device="cpu"))
-    weight, bias = linear_map(attention)
-    with torch.no_grad():
-        out = attention(x, context)
-        error = largest(out - nn.functional.linear(context, weight, bias).repeat_interleave(3, dim=0))
-    return SiteCheck(name, attention.to_q.in_features, error, largest(out), check(attention, x, context))
-
-
-def table(sites: list[SiteCheck], parameters: int) -> str:
-    """A line for each site, differences relative to the largest |attention|, and the totals of a UNet of `parameters`.
-
-    SCA and TCA are the spatial and the temporal cross-attention; "query" is how far the output moves with the query,
-    "two keys" the same with one key more, the control.
-    """
-    lines = ["site                        kind width attn-linear    query  two keys      dead"]
-    for site in sites:
-        place, kind = ".".join(site.name.split(".")[:-3]), "TCA" if "temporal" in site.name else "SCA"
-        query, control = (q.relative for q in (site.report.query, site.report.control.query))
-        numbers = f"{site.width:>5} {site.relative:>11.1e} {query:>8.1e} {control:>9.1e} {site.report.dead.numel:>9,}"
-        lines.append(f"{place:<27} {kind:<4} {numbers}")
-        if not site.holds:
-            lines.append(f"    FAILS, dead: {' '.join(site.report.dead.names) or 'nothing'}")
-    error, query = (max(values) for values in zip(*((s.relative, s.report.query.relative) for s in sites), strict=True))
-    held, dead = sum(site.holds for site in sites), sum(site.report.dead.numel for site in sites)
-    names = sorted({name.removesuffix(".weight") for site in sites for name in site.report.dead.names})
-    lines.append(f"{held} of {len(sites)} sites hold: |attention - linear| <= {error:.1e}, query <= {query:.1e}")
-    share = f"{dead:,} of {parameters:,} parameters ({dead / parameters:.1%})"
-    return "\n".join([*lines, f"dead in them: {', '.join(names) or 'nothing'}, {share}"])
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -367,8 +305,8 @@ def first_output(attend: Attend, x: Tensor, context: Tensor) -> Tensor:
     return out
 
 
-def gradients(output: Callable[[], Tensor], leaves: list[Tensor]) -> list[float]:
-    """Largest |d <g, output()> / d leaf| for a random g, each leaf's requires_grad being left as it was."""
+def gradients(output: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """d <g, output()> / d leaf for a random g, each leaf's requires_grad being left as it was."""
     required = [leaf.requires_grad for leaf in leaves]
     try:
         for leaf in leaves:
@@ -376,13 +314,12 @@ def gradients(output: Callable[[], Tensor], leaves: list[Tensor]) -> list[float]
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             out = output()
             if not leaves or not out.requires_grad:
-                return [0.0] * len(leaves)
-            g = Redraw()(torch.ones_like(out))
-            found = torch.autograd.grad(out, leaves, g, allow_unused=True)
+                return [torch.zeros_like(leaf) for leaf in leaves]
+            found = torch.autograd.grad(out, leaves, Redraw()(torch.ones_like(out)), allow_unused=True)
     finally:
         for leaf, flag in zip(leaves, required, strict=True):
             leaf.requires_grad_(flag)
-    return [0.0 if gradient is None else largest(gradient) for gradient in found]
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
 def largest(difference: Tensor) -> float:
@@ -397,6 +334,7 @@ def ratio(difference: float, magnitude: float) -> float:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far apart two orders of computing one affine map may lie; `affinity` says why."""
+    """How far apart two orders of computing one affine map may lie: 64 eps in float64 and float32, whose sums of about
+    a thousand terms collect it; 8 eps in half precision, whose sums are float32 and only their ends rounded."""
     eps = torch.finfo(dtype).eps
     return 8 * eps if eps > 1e-4 else 64 * eps

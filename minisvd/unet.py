@@ -218,16 +218,16 @@ class SpatioTemporalUNet(nn.Module):
         self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Conditions = ()
     ) -> tuple[Tensor, Tensor, Conditions]:  # in the comments, svd-xt's shapes with guidance: sample [2,25,8,72,128]
         """x, the frames after conv_in; emb [b, f, c_e], after the silu that every block would apply; conditions."""
-        config, stride, conditions = self.config, self.config.stride, conditions or self.condition(image_embeds)
+        config, m, conditions = self.config, 2 ** (len(self.up_blocks) - 1), conditions or self.condition(image_embeds)
         try:  # views that fail, not an `if`: compile, export, vmap and autocast run straight through
-            x = rearrange(sample, "b t c (h m) (w n) -> (b t) c (h m) (w n)", c=config.in_channels, m=stride, n=stride)
+            x = rearrange(sample, "b t c (h m) (w n) -> (b t) c (h m) (w n)", c=config.in_channels, m=m, n=m)
             level = rearrange(torch.atleast_1d(c_noise), "b ... -> b (...)")
             ids = rearrange(added_time_ids, "b ... i -> b (...) i", i=config.num_time_ids)
             for each in (level, ids, *conditions[len(self.down_blocks)][0]):
                 each.expand(*sample.shape[:2], *each.shape[2:])
         except RuntimeError as error:
             sizes = ", ".join(f"{list(x.shape)}" for x in (sample, c_noise, image_embeds, added_time_ids))
-            need = f"need [b, t, {config.in_channels}, h, w], h and w multiples of {stride}; one row, or one for each b"
+            need = f"need [b, t, {config.in_channels}, h, w], h and w multiples of {m}; one row, or one for each b"
             raise ValueError(f"sample, c_noise, image_embeds, added_time_ids do not agree: {sizes}; {need}") from error
         level = sinusoidal_embedding(level.expand(sample.shape[0], -1), config.block_out_channels[0])
         ids = sinusoidal_embedding(ids.expand(sample.shape[0], -1, -1), config.addition_time_embed_dim).flatten(2)

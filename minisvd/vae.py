@@ -348,7 +348,7 @@ def over_video(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Callable[[Tensor]
         groups = rearrange(part, "b (g c) t s -> b g (c t s)", g=NUM_GROUPS).float()
         moments.append(torch.stack(var_mean(groups)))
         sizes.append(groups.shape[-1])
-    share = moments[0].new_tensor(sizes) / sum(sizes)
+    share = torch.tensor(sizes, dtype=torch.float32, device=moments[0].device) / sum(sizes)
     var, mean = torch.stack(moments, dim=-1)  # [b,g,i] each
     total = (mean * share).sum(-1)
     std = ((var + (mean - total[..., None]).square()) * share).sum(-1).add(norm.eps).sqrt()

@@ -41,6 +41,13 @@ UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 48,
     "num_frames": 3,
 }
+UNET_CONFIG = UNetConfig(
+    block_out_channels=UNET["block_out_channels"],
+    attention=(True, True, False),
+    num_attention_heads=UNET["num_attention_heads"],
+    cross_attention_dim=UNET["cross_attention_dim"],
+    addition_time_embed_dim=UNET["addition_time_embed_dim"],
+)
 VAE: dict[str, Any] = {
     "block_out_channels": (32, 32, 64, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -89,15 +96,8 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of ours as a folder: 64x64 pixels fit it, sides are multiples of 32."""
     torch.manual_seed(0)
-    unet = UNetConfig(
-        block_out_channels=UNET["block_out_channels"],
-        attention=(True, True, False),
-        num_attention_heads=UNET["num_attention_heads"],
-        cross_attention_dim=UNET["cross_attention_dim"],
-        addition_time_embed_dim=UNET["addition_time_embed_dim"],
-    )
     parts = (
-        randomised(SpatioTemporalUNet(unet)),
+        randomised(SpatioTemporalUNet(UNET_CONFIG)),
         randomised(AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=VAE["block_out_channels"]))),
         randomised(ImageEncoder(ClipConfig(**CLIP))),
     )

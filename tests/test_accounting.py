@@ -168,6 +168,7 @@ def test_a_changed_layer_is_found_by_name():
     assert macs[name] == 9 * counted.macs[name] == 9 * (2 * 3 * 4 * 4) * 64 * 64
 
 
+@pytest.mark.slow
 def test_no_axis_can_stand_for_another():
     """Control: as many tokens, but other numbers of videos, frames and cells, are not the same work."""
     with torch.device("meta"):
@@ -177,6 +178,7 @@ def test_no_axis_can_stand_for_another():
         assert cost(SMALL, t, size, b).macs != counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vcut", VCUTS)
 def test_what_comes_once_is_what_condition_does(vcut):
     """`once` are the MACs of unet.condition, `macs` those of a call that is given its result."""

@@ -17,7 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_files import LAYOUTS, SMALL, published, small_modules, stated_config, write_folder, write_single_file
 from minisvd import load
-from minisvd.checkpoint import MODULES, RELEASED, Checkpoint, Entry, finite, load_unet, locate, read_header, resolve
+from minisvd.checkpoint import (
+    MODULES,
+    RELEASED,
+    Checkpoint,
+    Entry,
+    checked_dtype,
+    finite,
+    load_unet,
+    locate,
+    read_header,
+    resolve,
+)
 from minisvd.cli import main
 from minisvd.config import XT, GenerationConfig, UNetConfig
 from minisvd.folder import CONFIG_FILES, FIXED, GENERATION_FILE, PARTS, PREPROCESSOR_FILE, STEMS
@@ -113,6 +124,7 @@ def test_the_single_file_s_numbers_mean_the_layers_they_are_run_as(part: str) ->
         assert theirs in published(SINGLE_FILE)[part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", BOTH)
 def test_both_layouts_give_back_the_module_that_was_written_bit_for_bit(
@@ -176,6 +188,7 @@ def is_mapped(path: Path) -> bool:
     return str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.linux
 def test_weights_are_mapped_unless_converted_or_copied(modules: dict[str, Any], tmp_path: Path) -> None:
     """The file's pages while a module lives; the same numbers any way, and when the file has been deleted."""
@@ -277,9 +290,25 @@ def test_peak_memory_is_at_most_a_tenth_above_the_weights_and_one_tensor(tmp_pat
         assert (peak <= 1.1 * weights + one_tensor) == (loader == "load_unet")
 
 
+# --- dtypes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bf16", "amx"), [(True, False), (False, True), (False, False)])
+def test_auto_is_the_half_precision_that_the_hardware_multiplies(
+    bf16: bool, amx: bool, tmp_path: Path, modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    expected = torch.bfloat16 if bf16 or amx else torch.float32
+    assert load_unet(write_folder(tmp_path, modules), dtype="auto").conv_in.weight.dtype == expected
+    assert checked_dtype("auto", torch.device("cuda")) == torch.float16
+    assert checked_dtype("auto", torch.device("mps")) == torch.float32
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_no_number_is_refused_by_name(
     value: float, tmp_path: Path, modules: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -304,6 +333,7 @@ def test_a_weight_that_is_no_number_is_refused_by_name(
         load(write_folder(tmp_path / "folded", modules | {"unet": broken}), vcut="lossless")
 
 
+@pytest.mark.slow
 def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path, modules: dict[str, Any]) -> None:
     """When it is loaded so, when it is saved so, and by the program that converts; bfloat16 holds it."""
     large = copy.deepcopy(modules["unet"])

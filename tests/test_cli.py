@@ -20,6 +20,7 @@ from minisvd import StableVideoDiffusion
 from minisvd import video as video_module
 from minisvd.cli import main
 from minisvd.pipeline import FAMILIAR
+from minisvd.sampler import ays_sigmas
 from tools.tiny import scenes
 
 SMALL = minisvd.load("tiny")
@@ -75,6 +76,29 @@ def test_generate_writes_what_the_library_gives(
     assert capsys.readouterr().out == "frames\n"
 
 
+@pytest.mark.slow
+def test_noise_levels_and_where_they_are_guided_are_settings_too(
+    tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--schedule ays --steps 10` and its levels as `--sigmas` are one video; the JSON says which; others differ."""
+    levels = [str(level) for level in ays_sigmas(2).tolist()]
+    asked = [["--schedule", "ays", "--steps", "2"], ["--sigmas", *levels], ["--steps", "2"]]
+    asked += [["--steps", "2", "--guidance-interval", "1", "1000"], ["--steps", "2", "--cut-step", "2"]]
+    frames, reports = [], []
+    for i, flags in enumerate(asked):
+        model = ["--model", str(tiny_folder), "--frames", "2", "--size", "64x64", "--json"]
+        assert main(["generate", str(photo), "-o", f"frames-{i}", *model, *flags]) == 0
+        frames.append([path.read_bytes() for path in sorted(Path(f"frames-{i}").iterdir())])
+        reports.append(json.loads(capsys.readouterr().out))
+    ays, same, karras, inside, cut = frames
+    assert ays == same != karras
+    assert inside == cut != karras
+    assert [reports[0]["schedule"], reports[2]["schedule"]] == ["ays", "karras"]
+    assert reports[1]["sigmas"] == ays_sigmas(2).tolist()
+    assert main(["generate", str(photo), "-o", "no.mp4", "--sigmas", "1", "2", "0"]) == 2
+    assert "need at least two finite levels that fall strictly to 0" in capsys.readouterr().err
+
+
 def test_json_is_one_object_that_says_how_to_do_it_again(
     tiny_folder: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +125,7 @@ def test_json_is_one_object_that_says_how_to_do_it_again(
     assert report["versions"]["minisvd"] == minisvd.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "written"), [("clip.gif", "clip.gif"), ("{stem}-a.webp", "photo-a.webp"), ("old", "old/photo.mp4")]
 )

@@ -56,6 +56,7 @@ def read_by_vbench_i2v(folder: Path, prompt: str) -> list[str]:
 # --- what works -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_video_is_what_its_image_and_seed_give_alone(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +154,7 @@ def test_a_folder_of_frames_is_skipped_and_an_empty_one_is_filled() -> None:
     """As `Video.save` does: it replaces an empty folder and no other."""
     Path("out/a").mkdir()
     Path("out/b").mkdir()
-    Path("out/b/frame_0000.png").touch()
+    Path("out/b/frame_0000.png").write_bytes(b"png")
     images = [Path("photos/a.png"), Path("photos/b.JPG")]
     assert plan(images, [0], Path("out"), "{stem}", True) == (
         [Job(images[0], 0, Path("out/a"))],

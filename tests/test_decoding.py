@@ -33,6 +33,7 @@ def plain(vae: AutoencoderKLTemporalDecoder, latents: Tensor) -> Tensor:
     return vae.decoder(latents / vae.config.scaling_factor)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("hold", get_args(Hold))
 @pytest.mark.parametrize("chunk", [None, 1, 2])

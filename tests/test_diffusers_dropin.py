@@ -21,6 +21,8 @@ import minisvd
 from conftest import original_eps, relative_error
 from minisvd.diffusers import UNetSpatioTemporalConditionModel
 
+pytestmark = pytest.mark.slow
+
 VIDEO: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 3, "num_inference_steps": 5, "decode_chunk_size": 3}
 HELD_BY_BOTH = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding", "mid_block", "down_blocks")
 
@@ -59,7 +61,6 @@ def piped(folder: Path, unet: nn.Module) -> StableVideoDiffusionPipeline:
     return pipeline
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("vcut", [None, "lossless"])
 def test_the_pipeline_makes_the_same_frames(diffusers_pipeline, folder, vcut):
     """In diffusers' own pipeline, with diffusers' other parts, whether folded or not."""
@@ -135,7 +136,6 @@ def test_a_layer_replaced_is_the_layer_that_runs(folder):
     assert twin.network.conv_in is twin.conv_in is not ours.conv_in
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("vcut", [None, "lossless", True])
 def test_saved_folders_load_again(diffusers_pipeline, folder, tmp_path, vcut):
@@ -167,7 +167,6 @@ def test_from_config_and_load_config(folder):
     assert sum(p.numel() for p in released.parameters()) == 1_524_623_082
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_keeps_the_gradients_and_less_else(folder):
     ours, given = load(folder).train(), inputs()
 
@@ -243,7 +242,6 @@ unet.save_pretrained(OUT)
 """
 
 
-@pytest.mark.slow
 def test_one_line_of_a_script_is_changed(folder, tmp_path):
     """A training script as projects have it, run both ways: the same losses, and the same weights in its folder."""
     changed = SCRIPT.replace("from diffusers import", "from minisvd.diffusers import")

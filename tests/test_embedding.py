@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import minisvd
-from conftest import UNET, original_eps, randomised, relative_error
+from conftest import UNET, UNET_CONFIG, original_eps, randomised, relative_error
 from minisvd import SpatioTemporalUNet, UNetConfig, checkpoint_activations, fold, load_unet, widen_conv_in
 from minisvd.attention import Attention, BasicTransformerBlock, SpatioTemporalTransformer
 from minisvd.config import Vcut
@@ -27,19 +27,12 @@ from minisvd.config import Vcut
 pytestmark = pytest.mark.slow
 
 BUILDS: tuple[Vcut, ...] = (False, "lossless", True)
-CONFIG = UNetConfig(
-    block_out_channels=UNET["block_out_channels"],
-    attention=(True, True, False),
-    num_attention_heads=UNET["num_attention_heads"],
-    cross_attention_dim=UNET["cross_attention_dim"],
-    addition_time_embed_dim=UNET["addition_time_embed_dim"],
-)
 IDS = torch.tensor([[6, 127, 0.02], [11, 20, 0.1]])
 
 
 def small(vcut: Vcut = False, **changes: Any) -> SpatioTemporalUNet:
     torch.manual_seed(0)
-    released = randomised(SpatioTemporalUNet(UNetConfig(**{**vars(CONFIG), **changes})))
+    released = randomised(SpatioTemporalUNet(UNetConfig(**{**vars(UNET_CONFIG), **changes})))
     return released if vcut is False else fold(released, vcut)
 
 
@@ -147,7 +140,7 @@ def test_one_key_per_frame_equals_diffusers(monkeypatch):
 
     torch.manual_seed(0)
     theirs = original_eps(randomised(DiffusersUNet(**UNET)))
-    ours = SpatioTemporalUNet(CONFIG)
+    ours = SpatioTemporalUNet(UNET_CONFIG)
     ours.load_state_dict(theirs.state_dict())
     sample, c_noise, _, ids = inputs()
     keys = torch.randn(2, 3, 1, 48)

@@ -74,6 +74,7 @@ def peak(device: torch.device, hold: Hold, chunk: int, frames: int = 6) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", ["two", "one"])
 def test_shapes_alone_count_what_a_run_makes(hold):
     """To the byte, between tensors without data and tensors with."""
@@ -83,6 +84,7 @@ def test_shapes_alone_count_what_a_run_makes(hold):
     assert counted != peak(META, hold, 2)  # control
 
 
+@pytest.mark.slow
 def test_what_is_held_bounds_the_memory():
     """Two activations of the widest level, one, and none of the video, and on top what a chunk and a strip need."""
     frames = 24

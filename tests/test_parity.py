@@ -10,16 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 import minisvd
-from conftest import CLIP, UNET, VAE, original_eps, randomised, relative_error
+from conftest import CLIP, UNET_CONFIG, VAE, original_eps, randomised, relative_error
 from minisvd import AutoencoderKLTemporalDecoder, ClipConfig, ImageEncoder, SpatioTemporalUNet, UNetConfig, VAEConfig
-
-UNET_CONFIG = UNetConfig(
-    block_out_channels=UNET["block_out_channels"],
-    attention=(True, True, False),
-    num_attention_heads=UNET["num_attention_heads"],
-    cross_attention_dim=UNET["cross_attention_dim"],
-    addition_time_embed_dim=UNET["addition_time_embed_dim"],
-)
 
 
 def unet_inputs(b: int, t: int, h: int, w: int, c_context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

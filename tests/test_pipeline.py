@@ -72,6 +72,7 @@ def test_the_same_seed_gives_the_same_bits(svd, images):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_torch_s_defaults_do_not_change_the_video(svd, tiny_folder, images, dtype):
     """Another default dtype gives the same bits, and stays. Another default device, which is torch's way to watch every
@@ -101,6 +102,7 @@ def test_latents_that_are_no_numbers_end_the_run_at_their_step(svd, images):
     assert steps == []
 
 
+@pytest.mark.slow
 def test_decoding_that_leaves_float16_is_done_in_float32(tiny_folder, images):
     """With one warning; the weights stay float16. Control: bfloat16, which has the range, says nothing."""
     svd = minisvd.load(tiny_folder, dtype="float16")
@@ -167,6 +169,7 @@ def test_bars_are_on_stderr_and_can_be_off(svd, images, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_half_precision_runs_and_stays_near(svd, tiny_folder, images):
     """bfloat16 weights, float32 latents: near the float32 frames, but not them."""
     half = minisvd.load(tiny_folder, dtype=torch.bfloat16)
@@ -232,6 +235,7 @@ def test_a_large_motion_bucket_warns(svd, images):
         svd(images[0], motion_bucket=300, **QUICK)
 
 
+@pytest.mark.slow
 def test_each_image_kind_is_the_same_image(svd, tmp_path):
     """A path, a PIL image, an array and a tensor of one picture give one video."""
     picture = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")

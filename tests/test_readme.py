@@ -54,7 +54,7 @@ def test_python_block_runs(checkout):
     assert (checkout / "folded/config.json").is_file()
 
 
-READMES = {ROOT / folder / "README.md" for folder in ("", "tools", "weights", "weights/tiny")}
+READMES = {ROOT / folder / "README.md" for folder in ("", "tools", "tools/teach", "weights", "weights/tiny")}
 READMES |= {ROOT / "tools/embedding.md"}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minisvd import GuidanceSchedule, edm_sigmas, guided_denoiser, load_unet, preconditioning, sample_euler
+from minisvd.sampler import AYS, ays_sigmas
 
 
 def test_sigmas_are_the_closed_form():
@@ -22,6 +23,20 @@ def test_sigmas_are_the_closed_form():
 
 def test_one_step_starts_at_the_top():
     assert edm_sigmas(1).tolist() == [700.0, 0.0]
+
+
+def test_align_your_steps_are_the_published_levels_and_lines_between_their_logarithms():
+    assert ays_sigmas(10).tolist() == torch.tensor([*AYS, 0.0]).tolist()
+    assert AYS[::9] == (700.0, 0.034)
+    nineteen = ays_sigmas(19)
+    torch.testing.assert_close(nineteen[:-1:2], ays_sigmas(10)[:-1])
+    torch.testing.assert_close(nineteen[1:-1:2], (nineteen[:-2:2] * nineteen[2:-1:2]).sqrt())
+    assert not torch.allclose(nineteen[1:-1:2], (nineteen[:-2:2] + nineteen[2:-1:2]) / 2, rtol=0.1)  # control
+    for n in (1, 2, 3, 25, 1000):
+        levels = ays_sigmas(n)
+        assert len(levels) == n + 1
+        assert (levels.diff() < 0).all()
+        assert (levels[0], levels[-1]) == (pytest.approx(700), 0)
 
 
 def test_preconditioning_is_v_prediction():
@@ -161,6 +176,22 @@ def test_guidance_stops_at_the_cut_step(cut_step, guided):
     denoise = guided_denoiser(unet, *condition(), GuidanceSchedule(1.0, 2.0, cut_step))
     sample_euler(denoise, torch.randn(1, 3, 4, 2, 2), edm_sigmas(6))
     assert [len(sample) for sample, _, _ in unet.calls] == [2] * guided + [1] * (6 - guided)
+
+
+@pytest.mark.parametrize("cut_step", [1, 4, 6])
+def test_a_cut_is_a_stop_at_the_level_that_its_step_leaves(cut_step):
+    """Bit for bit; and an interval leaves out both ends, its lower level included among them."""
+    unet, sigmas, noise = LinearUNet(), edm_sigmas(6), torch.randn(1, 3, 4, 2, 2)
+    given, stop = condition(), sigmas[cut_step - 1].item()
+
+    def sampled(**schedule) -> Tensor:
+        return sample_euler(guided_denoiser(unet, *given, GuidanceSchedule(1.0, 2.0, **schedule)), noise, sigmas)
+
+    assert torch.equal(sampled(cut_step=cut_step), sampled(stop=stop))
+    assert not torch.equal(sampled(cut_step=cut_step), sampled(stop=0.99 * stop))  # control
+    unet.calls.clear()
+    sampled(start=sigmas[1].item(), stop=sigmas[4].item())
+    assert [len(sample) for sample, _, _ in unet.calls] == [1, 2, 2, 2, 1, 1]
 
 
 @pytest.mark.parametrize(("stage2", "share"), [("mean", 0.5), ("cond", 1.0), ("uncond", 0.0)])

@@ -122,6 +122,7 @@ def test_a_seed_that_would_be_another_s_is_refused(svd: Any, seed: Any) -> None:
     assert not torch.equal(*(torch.randn(4, generator=one) for one in generators))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -169,6 +169,7 @@ def start() -> Tensor:
     return torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("vcut", ["lossless", True])
 def test_two_interleaved_runs_equal_separate_runs(vcut):
@@ -198,6 +199,7 @@ def test_a_new_image_batch_or_dtype_recomputes():
     assert relative_error(wide.float(), fold(released(), "lossless")(sample, c_noise, embeds, ids)) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("schedule", "stages"),
@@ -297,6 +299,7 @@ def test_the_mean_of_both_outputs_is_the_output_for_half_the_embedding(vcut):
     assert max(seen) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("stage2", ["mean", "cond", "uncond"])
 def test_stage_two_is_the_same_in_the_released_and_the_lossless_build(stage2):
@@ -317,6 +320,7 @@ def test_a_cut_beyond_the_end_is_no_cut_bit_for_bit():
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("vcut", ["lossless", True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -338,6 +342,7 @@ def test_folding_at_load_is_the_float64_product_rounded_once(tiny_folder, vcut, 
     assert checked == sum(isinstance(m, CachedCondLinear) for m in unet.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vcut", [False, "lossless", True])
 def test_both_layouts_fold_to_the_same_network(tmp_path, vcut):
     modules = small_modules()
@@ -390,6 +395,7 @@ def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_pa
     assert "exists" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["zeros", "weights/tiny/example.png"])
 @torch.no_grad()
 def test_convert_folds_a_constant_key_into_biases(key, tmp_path, capsys):

@@ -73,6 +73,7 @@ def test_mp4_decodes_to_the_same_frames_at_the_same_rate(tmp_path: Path, t: int,
         assert float(stream.duration * stream.time_base) == pytest.approx(t / fps, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_frames_are_the_same_file(tmp_path: Path) -> None:
     """Byte for byte, 20 times over, in every format: noise that moves, which leaves the encoder most to decide."""
     frames = torch.rand(25, 3, 64, 64, generator=torch.Generator().manual_seed(0))

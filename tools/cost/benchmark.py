@@ -27,6 +27,7 @@ from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 from tqdm import trange
 
+import minisvd.diffusers
 from minisvd.adapt import fold
 from minisvd.config import GenerationConfig, UNetConfig, VAEConfig
 from minisvd.unet import SpatioTemporalUNet
@@ -110,16 +111,20 @@ def ratio(times: np.ndarray) -> str:
 
 
 def unet_forwards(args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """diffusers' UNet on one input, and ours in the two builds that are the same function."""
+    """diffusers' UNet on one input, ours in the two builds that are the same function, and our drop-in."""
     dtype, config = DTYPES[args.dtype], CONFIGS[args.config]
     w, h = (int(side) // 8 for side in args.size.split("x"))
     ours, theirs = both_unets(config, args.device, dtype)
     inputs = example_inputs(config, args.frames, w, h, args.device, dtype)
     folded = fold(ours, "lossless")
+    with torch.device("meta"):
+        dropped_in: Any = minisvd.diffusers.UNetSpatioTemporalConditionModel.from_config(theirs.config)
+    dropped_in.adopt(folded)
     return {
         "diffusers": lambda: theirs(*inputs, return_dict=False)[0],
         "minisvd": lambda: ours(*inputs),
         "minisvd, lossless": lambda: folded(*inputs),
+        "minisvd.diffusers, lossless": lambda: dropped_in(*inputs, return_dict=False)[0],  # as their pipeline calls it
     }
 
 
