@@ -11,39 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-HOME = {  # the module of each public name; torch is imported by the first name that is used
-    "PRESETS": "config",
-    "AutoencoderKLTemporalDecoder": "vae",
-    "ClipConfig": "config",
-    "ECONOMIES": "memory",
-    "Economy": "memory",
-    "GenerationConfig": "config",
-    "GuidanceSchedule": "sampler",
-    "ImageEncoder": "clip",
-    "SpatioTemporalUNet": "unet",
-    "StableVideoDiffusion": "pipeline",
-    "UNetConfig": "config",
-    "VAEConfig": "config",
-    "Video": "video",
-    "check": "triviality",
-    "check_model": "sites",
-    "checkpoint_activations": "adapt",
-    "dead_names": "sites",
-    "edm_sigmas": "sampler",
-    "fold": "adapt",
-    "guided_denoiser": "sampler",
-    "load": "pipeline",
-    "load_unet": "checkpoint",
-    "preconditioning": "sampler",
-    "sample_euler": "sampler",
-    "slice_feed_forwards": "adapt",
-    "widen_conv_in": "adapt",
+PUBLIC = {  # of each module; torch is imported by the first name that is used
+    "adapt": "checkpoint_activations fold widen_conv_in",
+    "checkpoint": "load_unet",
+    "clip": "ImageEncoder",
+    "config": "ClipConfig GenerationConfig PRESETS UNetConfig VAEConfig",
+    "pipeline": "StableVideoDiffusion load",
+    "sampler": "GuidanceSchedule edm_sigmas guided_denoiser preconditioning sample_euler",
+    "sites": "check_model dead_names",
+    "triviality": "check",
+    "unet": "SpatioTemporalUNet",
+    "vae": "AutoencoderKLTemporalDecoder",
+    "video": "Video",
 }
+HOME = {name: module for module, names in PUBLIC.items() for name in names.split()}
 
 if TYPE_CHECKING:  # the same for type checkers and editors
     from .adapt import checkpoint_activations as checkpoint_activations
     from .adapt import fold as fold
-    from .adapt import slice_feed_forwards as slice_feed_forwards
     from .adapt import widen_conv_in as widen_conv_in
     from .checkpoint import load_unet as load_unet
     from .clip import ImageEncoder as ImageEncoder
@@ -52,8 +37,6 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from .config import GenerationConfig as GenerationConfig
     from .config import UNetConfig as UNetConfig
     from .config import VAEConfig as VAEConfig
-    from .memory import ECONOMIES as ECONOMIES
-    from .memory import Economy as Economy
     from .pipeline import StableVideoDiffusion as StableVideoDiffusion
     from .pipeline import load as load
     from .sampler import GuidanceSchedule as GuidanceSchedule

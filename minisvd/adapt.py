@@ -1,4 +1,4 @@
-"""A UNet in memory made into another: folded, with more input channels, or trained or run in less memory.
+"""A UNet in memory made into another: folded, or with more input channels, or trained in less memory.
 
 The new network shares the memory of every tensor that it has in common with the old one.
 """
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import FeedForward, SpatioTemporalTransformer
+from .attention import SpatioTemporalTransformer
 from .checkpoint import FOLDS, on_meta
 from .config import Vcut
 from .layouts import FOLD_GATHER, sources
@@ -84,32 +84,3 @@ def checkpoint_activations(unet: SpatioTemporalUNet, by: Callable[..., Any] | No
             if by is not None:
                 module.forward = partial(by, module.forward)
     return unet
-
-
-SLICE = 65_536  # tokens; slices of 1,024 and fewer are slow
-
-
-def slice_feed_forwards(unet: SpatioTemporalUNet, tokens: int | None = SLICE) -> SpatioTemporalUNet:
-    """Run in less memory: every feed-forward takes so many `tokens` at a time, since what is inside it is twelve times
-    as wide as what enters; None undoes it. Same outputs, to rounding, and parameter names; returns `unet`, changed."""
-    for module in unet.modules():
-        if isinstance(module, FeedForward):
-            module.__dict__.pop("forward", None)
-            if tokens is not None:
-                module.forward = partial(in_slices, module.forward, tokens)
-    return unet
-
-
-def is_sliced(unet: nn.Module) -> bool:
-    return any("forward" in vars(module) for module in unet.modules() if isinstance(module, FeedForward))
-
-
-def in_slices(function: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:
-    """function(x) of x [..., c], for a function that sees each row by itself, `rows` of them at a time."""
-    flat = x.flatten(0, -2)
-    if len(flat) <= rows:
-        return function(x)
-    result = torch.empty_like(flat)
-    for start in range(0, len(flat), rows):
-        result[start : start + rows] = function(flat[start : start + rows])
-    return result.view_as(x)

@@ -83,8 +83,8 @@ def complain(sentence: str) -> int:
 def generate(args: argparse.Namespace) -> None:
     """A video for each image and seed. Prints their paths, or with --json one object that says how they were made."""
     from .images import open_image
-    from .jobs import find_images, naming, plan, strangers
-    from .memory import ECONOMIES, choose
+    from .jobs import find_images, naming, plan
+    from .memory import settle
     from .pipeline import check_settings
     from .video import check_zoom
 
@@ -107,11 +107,13 @@ def generate(args: argparse.Namespace) -> None:
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
         report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        economy, saving = (ECONOMIES[-1], "") if args.low_memory else choose(svd, used)
-        for line in filter(None, (strangers(svd, jobs, args.size or preset["size"], args.fit), saving)):
+        saving, size = "" if args.low_memory else settle(svd, used), args.size or svd.generation.size
+        for line in filter(None, (saving, svd.strangers({job.image for job in jobs}, size, args.fit))):
             tell(f"minisvd: {line}")
-        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom, "memory": str(economy)}
-        report["videos"] = make(svd, jobs, settings | {"low_memory": economy}, args.zoom, say=not args.json)
+        if args.compile:
+            svd.compile()
+        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom, "memory": svd.economy.name}
+        report["videos"] = make(svd, jobs, settings, args.zoom, say=not args.json)
     if args.json:
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
 
@@ -219,27 +221,30 @@ def account(args: argparse.Namespace) -> None:
     branches = 2 if run.guided else 1
     blocks = list(unet_blocks(config, frames, latent, branches, build))
     sites = [site for block in blocks for site in block.sites]
-    weighed = {}
+    needs = {}
     if args.memory:
-        from .memory import ECONOMIES, memory_table, peaks
+        from .memory import ECONOMIES, peaks
 
         chosen = replace(generation, num_frames=frames, size=(width, height))
-        configs["unet"] = replace(config, vcut=vcut)
-        weighed = dict(zip(map(str, ECONOMIES), peaks(configs, chosen, args.memory, branches=branches), strict=True))
+        stages = peaks(configs | {"unet": replace(config, vcut=vcut)}, chosen, args.memory, branches)
+        needs = {economy.name: max(each.values()) for economy, each in zip(ECONOMIES, stages, strict=True)}
     if args.json:
         asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
         asked |= {"cut_step": args.cut_step, "branches": branches}
         kinds = {kind: asdict(cost) for kind, cost in by_kind(sites).items()}
         drawn = {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
-        drawn |= {"memory": {name: asdict(peak) for name, peak in weighed.items()}} if weighed else {}
-        print(json.dumps({**asked, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}))
+        print(
+            json.dumps(
+                {**asked, "memory": needs, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}
+            )
+        )
         return
     step = f"one {'guided' if run.guided else 'single'} step, {branches} x {frames} frames of {width}x{height}"
     parts = [table(sites)]
     if args.tree:
         first = {block.name.split(".")[-2]: block for block in reversed(blocks) if "." in block.name}
         parts = [tree(blocks), opened(first["resnets"]), opened(first["attentions"])]
-    parts += [memory_table(weighed)] if weighed else []
+    parts += ["\n".join(f"{need / 1e9:7.1f} GB on the device, {name}" for name, need in needs.items())] if needs else []
     text = "\n\n".join([f"UNet of {args.model}, vcut={vcut!r}: {step}", *parts, ledger(run)])
     print(drawn_in(text, sys.stdout.encoding or "utf-8"))
 
@@ -262,7 +267,7 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
         device = "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
     source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
-    source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
+    source |= {"vcut": args.vcut and VCUT[args.vcut], "low_memory": getattr(args, "low_memory", False)}
     return load(args.model, device=device, dtype=dtype, **source)
 
 
@@ -378,6 +383,7 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--zoom", type=int, default=1, metavar="N", help="enlarge the result N times, each pixel a square (default: 1)")
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
     add("--low-memory", action="store_true", help="least memory, the same video (default on cuda: what fits)")
+    add("--compile", action="store_true", help="compile the UNet, which takes minutes and makes each step faster")
 
     new(info, [model, placed], "load a model and say what it is made of")
     command = new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")

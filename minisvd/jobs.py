@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .video import check_output, is_written
-
-if TYPE_CHECKING:
-    from .pipeline import StableVideoDiffusion
 
 PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
 
@@ -95,17 +92,3 @@ def plan(
 def fill(template: str, **values: object) -> str:
     """`template` with each {name} replaced by its value, at once, so that a value with braces stays as it is."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
-
-
-def strangers(svd: StableVideoDiffusion, jobs: list[Job], size: tuple[int, int], fit: str) -> str:
-    """One line, if the model that ships is given pictures of another kind than the one that it was trained on."""
-    from .images import load_image
-    from .pipeline import FAMILIAR
-
-    images = {job.image for job in jobs} if svd.ships else set()
-    strange = sorted(path for path in images if svd.familiarity(load_image(path, size, fit)) < FAMILIAR)
-    if not strange:
-        return ""
-    more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
-    about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
-    return f"{strange[0]}{more} {about}; for photos: --model svd-xt, the official weights"

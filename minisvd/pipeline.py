@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .adapt import is_sliced, slice_feed_forwards
 from .checkpoint import BROKEN, checked_device, checked_dtype, finite, locate, resolve
 from .clip import ImageEncoder
 from .config import SETTINGS, Fit, GenerationConfig, Schedule, Stage2, Vcut, check, shown
 from .images import ImageLike, load_image
-from .memory import ECONOMIES, Economy
+from .memory import ECONOMIES, HOST, Economy, sliced
 from .sampler import SIGMAS, GuidanceSchedule, euler_steps, guided_denoiser, initial_latents
 from .save import save_folder
 from .unet import SpatioTemporalUNet
@@ -36,12 +34,7 @@ from .video import Video
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FAMILIAR = (
-    10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 or more, 26 photos at most 8.8
-)
-
-
-HOST = torch.device("cpu")
+FAMILIAR = 10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 and up, 26 photos up to 8.8
 
 
 class Settings(TypedDict, total=False):
@@ -64,7 +57,6 @@ class Settings(TypedDict, total=False):
     size: tuple[int, int] | None
     fit: Fit
     decode_chunk: int | None
-    low_memory: bool | Economy
     callback: Callable[[int, Tensor, Tensor], object] | None
     progress: bool
 
@@ -109,6 +101,8 @@ class StableVideoDiffusion:
     `source` and `layout` say where the weights came from; `generation` holds what a call leaves out.
     """
 
+    economy, works_on, doing = ECONOMIES[0], None, "denoising"  # changed by `economise` and `compile`
+
     def __init__(
         self,
         unet: SpatioTemporalUNet,
@@ -150,7 +144,6 @@ class StableVideoDiffusion:
         size: tuple[int, int] | None = None,
         fit: Fit = "crop",
         decode_chunk: int | None = None,
-        low_memory: bool | Economy = False,
         callback: Callable[[int, Tensor, Tensor], object] | None = None,
         progress: bool = True,
     ) -> Video | list[Video]:
@@ -173,8 +166,6 @@ class StableVideoDiffusion:
         noise          [b,t,4,h,w], unit variance, and aug_noise [b,3,H,W]: instead of the seeded draws
         size           (width, height) in pixels; `fit` is how an image of another shape gets there: crop, pad, stretch
         decode_chunk   frames in the decoder at a time: memory, not result
-        low_memory     the least memory that there is, or an `Economy` between; the same video to rounding. Each part is
-                       on its device only while it works, else on the host; at the end all are where they were
         callback       (step from 1, sigma reached, latents [b,t,4,h,w])
         progress       bars over steps and decoding, on stderr
 
@@ -194,10 +185,6 @@ class StableVideoDiffusion:
         noise_levels: Tensor = levels_of(chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
         if callback is not None and not callable(callback):
             raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
-        if not isinstance(low_memory, bool | Economy):
-            raise ValueError(f"low_memory is {shown(low_memory)}; need True, False or an Economy")
-        economy = low_memory if isinstance(low_memory, Economy) else ECONOMIES[-low_memory]
-        chunk, device = min(chosen["decode_chunk"], economy.chunk or sys.maxsize), self.device
         if isinstance(image, list) and not image:
             raise ValueError("the list of images is empty; need at least one")
         batches = [load_image(one, (width, height), fit) for one in (image if isinstance(image, list) else [image])]
@@ -216,21 +203,20 @@ class StableVideoDiffusion:
         stop, start = given["guidance_interval"] or (0.0, math.inf)
         staged: dict[str, Any] = {name: given[name] for name in ("cut_step", "stage2")} | {"start": start, "stop": stop}
         guide, videos = GuidanceSchedule(*chosen["guidance"], **staged), []
-        run = partial(self.sample, sigmas=noise_levels, schedule=guide, callback=callback, progress=progress)
         for rows in torch.arange(b, device="cpu").split([len(batch) for batch in batches]):
-            inputs = [tensor[rows].to(device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
-            with self.saving(economy):
-                latents = run(*inputs, economy=economy)
-                blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
-                bar = tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress)
-                with bar, visit(self.vae, device, economy):
-                    frames = self.vae.decode(latents, chunk, economy.hold, bar.update)
-                    if not finite(frames):
-                        if broken := self.broken():
-                            raise ValueError(f"the frames are no finite numbers: {broken}")
-                        left = f"decoding left the range of {frames.dtype} and is done again in float32"
-                        warnings.warn(left, stacklevel=3)
-                        frames = copy.deepcopy(self.vae).float().decode(latents, chunk, economy.hold)
+            inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
+            latents = self.sample(*inputs, sigmas=noise_levels, schedule=guide, callback=callback, progress=progress)
+            blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
+            bar = tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress)
+            decoding = latents, chosen["decode_chunk"], self.economy.hold
+            with bar, visit(self.vae, latents.device):
+                frames = self.vae.decode(*decoding, bar.update)
+                if not finite(frames):
+                    if broken := self.broken():
+                        raise ValueError(f"the frames are no finite numbers: {broken}")
+                    left = f"decoding left the range of {frames.dtype} and is done again in float32"
+                    warnings.warn(left, stacklevel=3)
+                    frames = copy.deepcopy(self.vae).float().decode(*decoding)
             frames = ((frames.to(HOST).float() + 1) / 2).clamp(0, 1)
             videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
@@ -247,20 +233,19 @@ class StableVideoDiffusion:
         schedule: GuidanceSchedule,
         callback: Callable[[int, Tensor, Tensor], object] | None,
         progress: bool,
-        economy: Economy = ECONOMIES[0],
     ) -> Tensor:
         """One batch of images [b,3,H,W] -> latents [b,t,4,h,w], with a bar over the steps."""
-        device = noise.device
-        with visit(self.clip, device, economy):
+        with visit(self.clip, noise.device):
             embeds = self.clip(pixels)
-        with visit(self.vae, device, economy):
+        with visit(self.vae, noise.device):
             latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
-        denoise = guided_denoiser(self.unet, embeds, latent, added_time_ids, schedule, economy.in_turn)
+        unet = sliced(self.unet, self.economy.slices)
+        network = RowByRow(unet) if self.economy.in_turn else unet
+        denoise = guided_denoiser(network, embeds, latent, added_time_ids, schedule)
         latents = initial_latents(noise, sigmas)
-        steps = euler_steps(denoise, latents, sigmas.to(device, torch.float32))
-        bar = tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress)
-        with visit(self.unet, device, economy):
-            for step in bar:
+        steps = euler_steps(denoise, latents, sigmas.to(noise.device, torch.float32))
+        with visit(self.unet, noise.device):
+            for step in tqdm(steps, total=len(sigmas) - 1, desc=self.doing, unit="step", disable=not progress):
                 latents = step.latents
                 if not finite(latents):
                     half = embeds.dtype == torch.float16
@@ -271,22 +256,25 @@ class StableVideoDiffusion:
                     callback(step.number, step.sigma, latents)
         return latents
 
-    @contextmanager
-    def saving(self, economy: Economy) -> Iterator[None]:
-        """Meanwhile parts that visit wait on the host, and feed-forwards are in slices; afterwards all is as it was."""
-        device, slicing = self.device, economy.slices and not is_sliced(self.unet)
-        parts = (self.unet, self.vae, self.clip) if economy.visiting else ()
+    def economise(self, economy: Economy, device: torch.device | None = None) -> StableVideoDiffusion:
+        """Take less memory from now on, working on `device`, by default the present one. Returns the model, changed."""
+        device = device or self.device
+        for part in (self.unet, self.vae, self.clip):
+            part.to(HOST if economy.visiting else device)
+        self.economy, self.works_on = economy, device if economy.visiting else None
+        return self
+
+    def compile(self, **how: Any) -> StableVideoDiffusion:
+        """torch.compile(..., **how) the UNet, in one graph for guided steps and one for single ones, each made in the
+        first that needs it. Returns the model, changed. Raises ValueError where no compiler works."""
         try:
-            if slicing:
-                slice_feed_forwards(self.unet)
-            for part in parts:
-                part.to(HOST)
-            yield
-        finally:
-            if slicing:
-                slice_feed_forwards(self.unet, None)
-            for part in parts:
-                part.to(device)
+            torch.compile(torch.neg, **how)(torch.zeros(8, device=self.device))
+        except Exception as error:  # each backend has its own
+            need = "install a C++ compiler, and Triton for cuda, or do not compile"
+            raise ValueError(f"torch.compile does not work on {self.device}: {need}") from error
+        self.unet.compile(**how)
+        self.doing = "denoising, first step of a kind compiles"
+        return self
 
     def broken(self) -> str:
         """The first weight that is no finite number, and what to do about it; else nothing."""
@@ -316,14 +304,23 @@ class StableVideoDiffusion:
         image [1,3,H,W] in [-1,1]. A picture of another kind than the training's comes back as a blur.
         """
         x = image.to(self.device)
-        y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
+        with visit(self.vae, self.device):
+            y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
         error, spread = (x - y.float()).square().mean(), (x - x.mean((2, 3), keepdim=True)).square().mean()
         return (10 * torch.log10(spread.clamp(min=1e-6) / error)).item()
 
+    def strangers(self, images: Iterable[Path], size: tuple[int, int], fit: Fit) -> str:
+        """A sentence, if the model that ships is given pictures of another kind than the one that it was trained on."""
+        among = set(images) if self.ships else set()
+        strange = sorted(path for path in among if self.familiarity(load_image(path, size, fit)) < FAMILIAR)
+        more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
+        about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
+        return f"{strange[0]}{more} {about}; for photos: --model svd-xt, the official weights" if strange else ""
+
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.vae.quant_conv.weight.device
+        """Where the parts work: where the weights are, unless they only visit there."""
+        return self.works_on or self.vae.quant_conv.weight.device
 
     def check_parts(self) -> None:
         """Raise ValueError unless the parts are on one device and in one dtype."""
@@ -340,18 +337,32 @@ class StableVideoDiffusion:
             raise ValueError(f"size is {size[0]}x{size[1]}; need multiples of {stride}, such as {near[0]}x{near[1]}")
 
 
+class RowByRow:
+    """A UNet that runs on one row of the batch after the other, and so on one branch of a guided step at a time."""
+
+    def __init__(self, unet: SpatioTemporalUNet) -> None:
+        self.unet = unet
+
+    def condition(self, image_embeds: Tensor) -> list[Any]:
+        return [self.unet.condition(row) for row in image_embeds.split(1)]
+
+    def __call__(self, sample: Tensor, c_noise: Tensor, embeds: Tensor, ids: Tensor, conditions: Any) -> Tensor:
+        rows = zip(sample.split(1), embeds.split(1), ids.split(1), conditions, strict=True)
+        return torch.cat([self.unet(row, c_noise, *others) for row, *others in rows])
+
+
 @contextmanager
-def visit(part: nn.Module, device: torch.device, economy: Economy) -> Iterator[None]:
-    """A part that visits is on the device meanwhile, and then on the host again."""
-    if not economy.visiting:
-        yield
-        return
+def visit(part: nn.Module, device: torch.device) -> Iterator[None]:
+    """A part's weights are on the device meanwhile: as copies, if they are elsewhere."""
+    weights = [weight for weight in (*part.parameters(), *part.buffers()) if weight.device != device]
+    at_home = [weight.data for weight in weights]
     try:
-        part.to(device)
+        for weight in weights:
+            weight.data = weight.data.to(device)
         yield
     finally:
-        part.to(HOST)
-        torch.cuda.empty_cache()  # what it had is free for blocks of other sizes; nothing happens without CUDA
+        for weight, home in zip(weights, at_home, strict=True):
+            weight.data = home
 
 
 def per_row(name: str, values: list[Any], b: int) -> list[Any]:
@@ -401,6 +412,7 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     copy: bool = False,
+    low_memory: bool = False,
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
@@ -409,10 +421,12 @@ def load(
     cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
     files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before. Weights that
     need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
+    `low_memory` takes the least on the device, for the same video to rounding: weights are there only while they work.
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
     device = checked_device(device)  # before anything is downloaded
     dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
-    parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
-    return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)
+    parts = checkpoint.load(device=HOST if low_memory else device, dtype=dtype, vcut=vcut, copy=copy)
+    svd = StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)
+    return svd.economise(ECONOMIES[-bool(low_memory)], device)

@@ -125,17 +125,11 @@ class GuidanceSchedule:
 
 
 def guided_denoiser(
-    unet: Network,
-    image_embeds: Tensor,
-    image_latent: Tensor,
-    added_time_ids: Tensor,
-    schedule: GuidanceSchedule,
-    in_turn: bool = False,
+    unet: Network, image_embeds: Tensor, image_latent: Tensor, added_time_ids: Tensor, schedule: GuidanceSchedule
 ) -> Denoise:
     """D(x; sigma) of a UNet under a condition, with classifier-free guidance where the schedule says so.
 
-    guided:  D = D_0 + scale (D_c - D_0), from one forward on both, or `in_turn` from one on each, which takes half
-    the memory;   else:  D of the one branch.
+    guided:  D = D_0 + scale (D_c - D_0), from one forward on both;   else:  D of the one branch.
     D_0 has a zero embedding and a zero image latent, and keeps the numbers.
     What the network makes of an embedding is computed once for each stage, in its first step; the result owns it.
 
@@ -158,22 +152,13 @@ def guided_denoiser(
         return torch.cat([torch.zeros_like(x), x])
 
     two = conditioned_on(both(image_embeds), both(image_latent), torch.cat([added_time_ids, added_time_ids]))
-    zero = conditioned_on(torch.zeros_like(image_embeds), torch.zeros_like(image_latent), added_time_ids)
-    conditional = conditioned_on(image_embeds, image_latent, added_time_ids)
-
-    def at_once(x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        return two(torch.cat([x, x]), sigma).chunk(2)
-
-    def one_by_one(x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        return zero(x, sigma), conditional(x, sigma)
-
-    branches = one_by_one if in_turn else at_once
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        d_0, d_c = branches(x, sigma)
+        d_0, d_c = two(torch.cat([x, x]), sigma).chunk(2)
         scale = rearrange(schedule.scales(x.shape[1]).to(x.device), "t -> t 1 1 1")
         return d_0 + scale * (d_c - d_0)
 
+    conditional = conditioned_on(image_embeds, image_latent, added_time_ids)
     shared = conditioned_on(SHARE[schedule.stage2] * image_embeds, image_latent, added_time_ids)
     stages = {1: guided if schedule.guides else conditional, 2: shared}
 
