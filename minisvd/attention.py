@@ -68,12 +68,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear(GEGLU(x)), four times as wide inside. `net.1` was dropout in training and holds nothing."""
+    """Linear(GEGLU(x)), 4 or 8 times as wide inside. `net.1` was dropout in training and holds nothing."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
-        self.slices = 1  # of x along its first axis, one after the other; `net` is 12 times as wide inside
+        self.net, self.slices = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)), 1  # of x, in turn
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.net(part) for part in x.tensor_split(self.slices)])

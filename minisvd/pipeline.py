@@ -57,7 +57,7 @@ class Settings(TypedDict, total=False):
     size: tuple[int, int] | None
     fit: Fit
     decode_chunk: int | None
-    callback: Callable[[int, Tensor, Tensor], object] | None
+    callback: Callable[[int, Tensor, Tensor, Tensor], object] | None
     progress: bool
 
 
@@ -144,7 +144,7 @@ class StableVideoDiffusion:
         size: tuple[int, int] | None = None,
         fit: Fit = "crop",
         decode_chunk: int | None = None,
-        callback: Callable[[int, Tensor, Tensor], object] | None = None,
+        callback: Callable[[int, Tensor, Tensor, Tensor], object] | None = None,
         progress: bool = True,
     ) -> Video | list[Video]:
         """A video of `num_frames` frames that starts from the image.
@@ -166,7 +166,7 @@ class StableVideoDiffusion:
         noise          [b,t,4,h,w], unit variance, and aug_noise [b,3,H,W]: instead of the seeded draws
         size           (width, height) in pixels; `fit` is how an image of another shape gets there: crop, pad, stretch
         decode_chunk   frames in the decoder at a time: memory, not result
-        callback       (step from 1, sigma reached, latents [b,t,4,h,w])
+        callback       (step from 1, sigma reached, latents [b,t,4,h,w] there, denoised: the estimate D they came by)
         progress       bars over steps and decoding, on stderr
 
         `fps`, `motion_bucket`, `noise_aug` and `seed` may be one value or one for each image. What is None comes from
@@ -184,7 +184,7 @@ class StableVideoDiffusion:
         levels_of = SIGMAS[given["schedule"]]
         noise_levels: Tensor = levels_of(chosen["steps"]) if given["sigmas"] is None else given["sigmas"]
         if callback is not None and not callable(callback):
-            raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma and latents")
+            raise ValueError(f"callback is {shown(callback)}; need a function of step, sigma, latents and denoised")
         if isinstance(image, list) and not image:
             raise ValueError("the list of images is empty; need at least one")
         batches = [load_image(one, (width, height), fit) for one in (image if isinstance(image, list) else [image])]
@@ -231,7 +231,7 @@ class StableVideoDiffusion:
         *,
         sigmas: Tensor,
         schedule: GuidanceSchedule,
-        callback: Callable[[int, Tensor, Tensor], object] | None,
+        callback: Callable[[int, Tensor, Tensor, Tensor], object] | None,
         progress: bool,
     ) -> Tensor:
         """One batch of images [b,3,H,W] -> latents [b,t,4,h,w], with a bar over the steps."""
@@ -248,12 +248,11 @@ class StableVideoDiffusion:
             for step in tqdm(steps, total=len(sigmas) - 1, desc=self.doing, unit="step", disable=not progress):
                 latents = step.latents
                 if not finite(latents):
-                    half = embeds.dtype == torch.float16
-                    remedy = "run in float32 or bfloat16" if half else "check guidance and sigmas"
+                    remedy = "run in float32 or bfloat16" if embeds.dtype == torch.half else "check guidance and sigmas"
                     where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
                     raise ValueError(f"the latents are no finite numbers after {where}: {self.broken() or remedy}")
                 if callback is not None:
-                    callback(step.number, step.sigma, latents)
+                    callback(*step)
         return latents
 
     def economise(self, economy: Economy, device: torch.device | None = None) -> StableVideoDiffusion:

@@ -199,15 +199,15 @@ def sample_euler(
     denoise: Denoise,
     noise: Tensor,
     sigmas: Tensor,
-    callback: Callable[[int, Tensor, Tensor], object] | None = None,
+    callback: Callable[[int, Tensor, Tensor, Tensor], object] | None = None,
 ) -> Tensor:
     """All of `euler_steps`, from unit noise [b,t,c,h,w] at sigmas[0] to sigmas[-1]: the latents there.
 
-    `callback(step, sigma, latents)` sees every step: its number from 1, the level it reached, the latents there.
+    `callback(step, sigma, latents, denoised)` sees every step: the fields of its `EulerStep`.
     """
     x = initial_latents(noise, sigmas)
     for step in euler_steps(denoise, x, sigmas.to(noise.device, torch.float32)):
         x = step.latents
         if callback is not None:
-            callback(step.number, step.sigma, x)
+            callback(*step)
     return x
