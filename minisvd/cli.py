@@ -107,8 +107,8 @@ def generate(args: argparse.Namespace) -> None:
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
         report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        saving, size = "" if args.low_memory else settle(svd, used), args.size or svd.generation.size
-        for line in filter(None, (saving, svd.strangers({job.image for job in jobs}, size, args.fit))):
+        strange = svd.strangers({job.image for job in jobs}, used["size"], args.fit)
+        for line in filter(None, (strange, not args.low_memory and settle(svd, used))):
             tell(f"minisvd: {line}")
         if args.compile:
             svd.compile()
@@ -221,23 +221,20 @@ def account(args: argparse.Namespace) -> None:
     branches = 2 if run.guided else 1
     blocks = list(unet_blocks(config, frames, latent, branches, build))
     sites = [site for block in blocks for site in block.sites]
-    needs = {}
+    needs, configs["unet"] = {}, replace(config, vcut=vcut)
     if args.memory:
         from .memory import ECONOMIES, peaks
 
-        chosen = replace(generation, num_frames=frames, size=(width, height))
-        stages = peaks(configs | {"unet": replace(config, vcut=vcut)}, chosen, args.memory, branches)
-        needs = {economy.name: max(each.values()) for economy, each in zip(ECONOMIES, stages, strict=True)}
+        chosen, bytes_each = replace(generation, num_frames=frames, size=(width, height)), DTYPES[args.memory]
+        needs = {
+            of.name: need for of, need in zip(ECONOMIES, peaks(configs, chosen, bytes_each, branches), strict=True)
+        }
     if args.json:
         asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
-        asked |= {"cut_step": args.cut_step, "branches": branches}
+        asked |= {"cut_step": args.cut_step, "branches": branches, "memory": needs}
         kinds = {kind: asdict(cost) for kind, cost in by_kind(sites).items()}
         drawn = {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
-        print(
-            json.dumps(
-                {**asked, "memory": needs, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}
-            )
-        )
+        print(json.dumps({**asked, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}))
         return
     step = f"one {'guided' if run.guided else 'single'} step, {branches} x {frames} frames of {width}x{height}"
     parts = [table(sites)]
@@ -259,16 +256,11 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     from .checkpoint import checked_device
     from .pipeline import load
 
-    if args.device is not None:
-        device = args.device
-    elif torch.cuda.is_available():
-        device = "cuda"
-    else:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = found if args.device is None else args.device
     dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
-    source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
-    source |= {"vcut": args.vcut and VCUT[args.vcut], "low_memory": getattr(args, "low_memory", False)}
-    return load(args.model, device=device, dtype=dtype, **source)
+    chosen = {name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")}
+    return load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
 
 
 def placement(svd: StableVideoDiffusion) -> dict[str, str]:

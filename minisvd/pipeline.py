@@ -24,7 +24,7 @@ from .checkpoint import BROKEN, checked_device, checked_dtype, finite, locate, r
 from .clip import ImageEncoder
 from .config import SETTINGS, Fit, GenerationConfig, Schedule, Stage2, Vcut, check, shown
 from .images import ImageLike, load_image
-from .memory import ECONOMIES, HOST, Economy, sliced
+from .memory import ECONOMIES, Economy, sliced
 from .sampler import SIGMAS, GuidanceSchedule, euler_steps, guided_denoiser, initial_latents
 from .save import save_folder
 from .unet import SpatioTemporalUNet
@@ -34,6 +34,7 @@ from .video import Video
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+HOST = torch.device("cpu")
 FAMILIAR = 10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 and up, 26 photos up to 8.8
 
 
@@ -353,15 +354,15 @@ class RowByRow:
 @contextmanager
 def visit(part: nn.Module, device: torch.device) -> Iterator[None]:
     """A part's weights are on the device meanwhile: as copies, if they are elsewhere."""
-    weights = [weight for weight in (*part.parameters(), *part.buffers()) if weight.device != device]
-    at_home = [weight.data for weight in weights]
+    tables: list[Any] = [table for module in part.modules() for table in (module._parameters, module._buffers)]
+    home = [dict(table) for table in tables]
     try:
-        for weight in weights:
-            weight.data = weight.data.to(device)
+        for table in tables:
+            table.update({name: x if x is None else x.to(device) for name, x in table.items()})
         yield
     finally:
-        for weight, home in zip(weights, at_home, strict=True):
-            weight.data = home
+        for table, weights in zip(tables, home, strict=True):
+            table.update(weights)
 
 
 def per_row(name: str, values: list[Any], b: int) -> list[Any]:
