@@ -16,7 +16,7 @@ Schedule = Literal["karras", "ays"]  # of the noise levels: EDM's formula, or th
 Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape gets to the model's
 
 VCUT: dict[str, Vcut] = {"off": False, "on": True, "lossless": "lossless"}  # as the command line spells it
-DTYPES = ("float32", "float16", "bfloat16")  # that a model runs in
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # that a model runs in, and how many bytes a number takes
 
 NUM_GROUPS = 32  # of every GroupNorm, so that every width is a multiple of it
 

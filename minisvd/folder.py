@@ -171,7 +171,7 @@ def read_generation(folder: Path, released: GenerationConfig | None) -> Generati
 
 
 def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any], GenerationConfig]:
-    """The configs of "unet" and "vae", and the settings, of a source whose weights are not needed.
+    """The configs of "unet" and "vae", of "clip" if it is there, and the settings, of a source without its weights.
 
     A preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
     which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
@@ -190,7 +190,8 @@ def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any],
         return found.configs, found.generation
     if missing := [CONFIG_FILES[part] for part in ("unet", "vae") if not (path / CONFIG_FILES[part]).is_file()]:
         raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
-    return {part: read_config(part, path) for part in ("unet", "vae")}, read_generation(path, released)
+    there = [part for part in PARTS if (path / CONFIG_FILES[part]).is_file()]
+    return {part: read_config(part, path) for part in there}, read_generation(path, released)
 
 
 def check_together(configs: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .cli import sentence, tell
 from .images import load_image, open_image
 from .jobs import Job, digest, record_of, state
+from .memory import settle
 from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
 from .video import check_output, is_written, replacing
 
@@ -103,6 +104,9 @@ def make(
     strange = [job["image"] for job, _, image in ready if svd.ships and svd.familiarity(image) < FAMILIAR]
     if strange and store.add("strange", 1) == 1:
         tell(f"minisvd: {strange[0]} {STRANGE}")
+    line = "" if args.low_memory else settle(svd, ready[0][0]["settings"])
+    if line and store.add(line, 1) == 1:
+        tell(f"minisvd: {line}")
     settings = ready[0][0]["settings"] | {name: [used[name] for _, used, _ in ready] for name in PER_IMAGE}
     zoom, show = settings.pop("zoom"), lambda step, *_: bar.set_postfix_str(f"step {step}, {name}")
     videos = svd(torch.cat([image for *_, image in ready]), callback=show, progress=progress, **settings)
@@ -111,6 +115,7 @@ def make(
         path, began = Path(job["path"]), time.perf_counter()
         video.enlarged(zoom).save(path)
         seconds = {"compute": compute, "write": time.perf_counter() - began}
+        job["memory"] = svd.economy.name
         if not args.no_sidecar:
             record = about | {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
             with replacing(record_of(path)) as part:
