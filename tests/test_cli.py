@@ -254,7 +254,7 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate . -o clip.mp4", "two videos would be written to clip.mp4"),
         ("generate -o clip.mp4", "there is nothing to make: name an image, a folder of images, or a --manifest"),
         ("generate photo.png --output= ", "one of the arguments is empty: give it a value, or leave it out"),
-        ("generate photo.png -o clip.mp4 --guidance 3e0 -1e0", "guidance is (3.0, -1.0); need 2 numbers"),
+        ("generate photo.png -o clip.mp4 --guidance 3e0 -1e0", "guidance is [3.0, -1.0]; need 2 numbers"),
         ("generate photo.png", "the following arguments are required: -o/--output"),
         ("generate photo.png -o clip.mp4 --size 64", "'64' is not WIDTHxHEIGHT in pixels, such as 1024x576"),
         ("generate photo.png -o clip.mp4 --size -64x64", "--size: expected one argument"),

@@ -18,6 +18,7 @@ do. Model and images are random numbers, so this needs no weights. The last line
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -53,6 +54,7 @@ CLIP = ClipConfig(
 )  # fmt: skip
 GENERATION = GenerationConfig(num_frames=2, steps=1, size=(16, 16))
 SAMPLED = 20  # videos that are made once more by an undisturbed process
+ENDS = (0, 1, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # of a rank that met no bug
 EACH = 0.05  # seconds between looks at the ranks
 
 
@@ -77,6 +79,7 @@ def start(folder: Path, out: str, said: int, environment: dict[str, str], limit:
     if process := os.fork():
         return process
     os.dup2(said, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (not the parent's, which may be a file)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ.update(environment)
     if limit is not None:  # Python ignores the signal, so that a write fails as on a full disk
@@ -107,8 +110,7 @@ def growth(samples: list[float]) -> float:
 
 
 def run_round(ranks: list[int], fault: float | None, victims: list[int], lives: list[list[float]]) -> None:
-    """Until all ranks have ended: `victims` are killed after `fault` seconds; when one has died so, or has ended with a
-    bug, the others are ended too."""
+    """Until all ranks have ended: `victims` are killed after `fault` seconds; when one has died, the others are ended."""
     began, alive, samples = time.monotonic(), set(ranks), {rank: [] for rank in ranks}
     while alive:
         time.sleep(EACH)
@@ -117,7 +119,9 @@ def run_round(ranks: list[int], fault: float | None, victims: list[int], lives: 
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 alive.discard(process)
-                if os.waitstatus_to_exitcode(status) not in (0, 1):
+                if (code := os.waitstatus_to_exitcode(status)) not in ENDS:
+                    raise RuntimeError(f"a rank ended with status {code}: run the same by hand to see why")
+                if code not in (0, 1):
                     for other in alive:
                         os.kill(other, signal.SIGTERM)
         if fault is not None and time.monotonic() - began > fault:
@@ -155,10 +159,8 @@ def soak(folder: Path, jobs: int, processes: int, seed: int, longest: float) -> 
         run_round(ranks, dice.uniform(0.5, 12) if "kill" in kind else None, killed, lives)
         rounds += 1
         counts[kind] += 1
-        try:
+        with contextlib.suppress(BlockingIOError):  # nothing was said
             said.update(os.read(reader, 2**20).decode().split())
-        except BlockingIOError:
-            pass
         videos = [folder / f"out/{i:05}.gif" for i in range(jobs)]
         done = sum(bool(read_record(video)) and video.is_file() for video in videos)
         print(f"round {rounds}: {kind}, {done} of {jobs} done after {time.monotonic() - began:.0f} s", file=sys.stderr)
