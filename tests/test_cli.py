@@ -257,7 +257,7 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate photo.png -o clip.mp4 --guidance 3e0 -1e0", "guidance is [3.0, -1.0]; need 2 numbers"),
         ("generate photo.png", "the following arguments are required: -o/--output"),
         ("generate photo.png -o clip.mp4 --size 64", "'64' is not WIDTHxHEIGHT in pixels, such as 1024x576"),
-        ("generate photo.png -o clip.mp4 --size -64x64", "--size: expected one argument"),
+        ("generate photo.png -o clip.mp4 --size -64x64", "'-64x64' is not WIDTHxHEIGHT in pixels"),
         ("generate photo.png -o clip.mp4 --size 0x64", "size is (0, 64)"),
         ("generate photo.png -o clip.mp4 --size 64x1000000", "size is (64, 1000000)"),
         ("generate photo.png -o clip.mp4 --seed -1", "'-1' is not a whole number from 0"),
