@@ -3,9 +3,9 @@
     python -m tools.robust.soak --jobs 2000 --processes 3
 
 Processes are ranks of one run of `minisvd generate`, as torchrun starts them: they share a store, and when one dies the
-others are ended and all begin again. A round ends when a rank, or all of them, are ended by SIGKILL, within --every seconds;
-in some, a rank may write no file beyond a random size, as on a full disk. A last round has no fault, and makes what is
-left. Model and images are random numbers, so this needs no weights. The last line on stdout is JSON:
+others are ended and all begin again. A round ends when a rank, or all of them, are ended by SIGKILL, at a random time
+within --every seconds; in some, a rank may write no file beyond a random size, as on a full disk. The last round has no
+fault, and makes what is left. Model and images are random numbers. The last line on stdout is JSON:
 
     done      videos that are there, whole, with a record, of those asked for
     lost      that were said to be made and are not there
