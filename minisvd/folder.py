@@ -96,7 +96,7 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
         raise ValueError(f"up_block_types is {up}; need down_block_types mirrored, {mirrored}")
     for name in ("cross_attention_dim", "layers_per_block", "transformer_layers_per_block"):
         value = stated.get(name)
-        if isinstance(value, list) and value == value[:1] * len(down):
+        if isinstance(value, list) and value and value == value[:1] * len(down):
             stated[name] = value[0]
     if isinstance(heads := stated["num_attention_heads"], int):
         stated["num_attention_heads"] = [heads] * len(down)

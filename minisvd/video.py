@@ -139,7 +139,7 @@ def check_output(path: str | Path) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"cannot write {path}: the folder {path.parent} is not writable, choose another")
     try:  # some systems say so only when it is tried
-        tempfile.TemporaryDirectory(dir=Path(os.path.realpath(path)).parent, prefix=".minisvd-").cleanup()
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
     except OSError as error:
         raise PermissionError(f"cannot write {path}: {error.strerror} in its folder, choose another") from error
     if path.suffix and path.is_dir():
