@@ -107,7 +107,7 @@ def generate(args: argparse.Namespace) -> None:
         preset = asdict(svd.generation)
         used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
         report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        strange = svd.strangers({job.image for job in jobs}, used["size"], args.fit)
+        strange = svd.strangers({job.image for job in jobs}, args.size or svd.generation.size, args.fit)
         for line in filter(None, (strange, not args.low_memory and settle(svd, used))):
             tell(f"minisvd: {line}")
         if args.compile:
@@ -259,7 +259,9 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = found if args.device is None else args.device
     dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
-    chosen = {name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")}
+    chosen: dict[str, Any] = {
+        name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")
+    }
     return load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
 
 
