@@ -336,7 +336,7 @@ def locate(source: str | Path) -> Path | None:
 
 def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: str | None, offline: bool) -> Path:
     """The local snapshot of a hub repository: its configs and, of `parts`, one variant of the weights."""
-    from huggingface_hub import HfApi, constants, errors, snapshot_download  # slow to import, often not needed
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download  # slow to import
 
     page, names, said = f"{constants.ENDPOINT}/{hub_id}", [], ""
     meant = hub_id in [preset.source for preset in PRESETS.values()]
@@ -353,7 +353,9 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
             said = f" ({shown_error(error)})"
         if names:
             patterns += choose(names, parts, variant, hub_id).values()
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=not names))
+        for name in [name for name in names if name in patterns] or names[:1]:  # one by one, each with a time limit
+            hf_hub_download(hub_id, name, revision=revision)
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
     except errors.GatedRepoError as error:
         raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -17,7 +18,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,9 +28,6 @@ from .config import CHOICES, DTYPES, SETTINGS, VCUT, check
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tqdm import tqdm
-
-    from .jobs import Job
     from .pipeline import StableVideoDiffusion
 
 LONGEST_RANGE = 10_000  # seeds; more is a typing error, not a wish
@@ -38,6 +36,9 @@ OUT_OF_MEMORY = "out of memory: try --low-memory, a smaller --size, fewer --fram
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own) and return its exit status: 0, 1, 2 or 130."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(re.fullmatch("(--[^=]+=)?", argument) for argument in argv):  # '' would be the current folder
+        return complain("one of the arguments is empty: give it a value, or leave it out")
     args = parser().parse_args(argv)
     warned: set[str] = set()
 
@@ -53,16 +54,20 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             tell("minisvd: interrupted")
             return 130
-        except MemoryError:
-            return complain(OUT_OF_MEMORY)
-        except RuntimeError as error:  # torch has no one class for this on every device
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                raise
-            return complain(OUT_OF_MEMORY)
         except BrokenPipeError:  # whoever read stdout has gone
             raise
-        except (OSError, ValueError) as error:
-            return complain(str(error))
+        except Exception as error:
+            if said := sentence(error):
+                return complain(said)
+            raise
+
+
+def sentence(error: Exception) -> str:
+    """What a user has got wrong, or ""; for torch has no one class for running out of memory on every device."""
+    full = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    if full or isinstance(error, MemoryError):
+        return OUT_OF_MEMORY
+    return str(error) or repr(error) if isinstance(error, OSError | ValueError) else ""
 
 
 def tell(line: str) -> None:
@@ -80,75 +85,33 @@ def complain(sentence: str) -> int:
 # --- generate -----------------------------------------------------------------------------------------------------
 
 
-def generate(args: argparse.Namespace) -> None:
-    """A video for each image and seed. Prints their paths, or with --json one object that says how they were made."""
-    from .images import open_image
-    from .jobs import find_images, naming, plan
-    from .memory import settle
-    from .pipeline import check_settings
-    from .video import check_zoom
+def generate(args: argparse.Namespace) -> int:
+    """A video for each image and seed. Prints their paths, or with --json one object that says how they were made.
+
+    Returns 1 if some of several could not be made. Under torchrun all ranks make videos; the first plans and sums up.
+    """
+    from .jobs import gather
+    from .ranks import join, work
 
     began = time.perf_counter()
-    images, seeds = find_images(args.image), args.seeds or [args.seed or 0]
-    default = "{stem}.mp4" if args.seeds is None else "{stem}-{seed}.mp4"
-    folder, template = naming(args.output, args.name_template, default, len(images), len(seeds))
-    jobs, skipped = plan(images, seeds, folder, template, args.skip_existing)
-    settings = {name: getattr(args, name) for name in ("sigmas", *SETTINGS, *CHOICES) if name not in ("seed", "zoom")}
-    check_settings(**settings)
-    check_zoom(args.zoom, args.size or (1, 1))
-    for image in dict.fromkeys(job.image for job in jobs):
-        open_image(image)
-    if skipped:
-        tell(f"minisvd: skipped {len(skipped)} of {len(jobs + skipped)} videos, which exist")
-    report: dict[str, Any] = {"videos": [], "skipped": [str(job.path) for job in skipped], "model": args.model}
-    if jobs:
-        svd = load(args)
-        check_zoom(args.zoom, args.size or svd.generation.size)
-        preset = asdict(svd.generation)
-        used = {name: preset[name] if value is None and name in preset else value for name, value in settings.items()}
-        report |= placement(svd) | ({"seed": seeds[0]} if args.seeds is None else {"seeds": seeds})
-        strange = svd.strangers({job.image for job in jobs}, args.size or svd.generation.size, args.fit)
-        for line in filter(None, (strange, not args.low_memory and settle(svd, used))):
-            tell(f"minisvd: {line}")
-        if args.compile:
-            svd.compile()
-        report |= {"frames": used.pop("num_frames"), **used, "zoom": args.zoom, "memory": svd.economy.name}
-        report["videos"] = make(svd, jobs, settings, args.zoom, say=not args.json)
+    store, rank = join()
+    device, dtype = place(args)
+    if rank == 0:
+        batches, made, given = gather(args, dtype)
+        store.set("plan", json.dumps([batches, made]))
+    about = {"model": args.model, "device": device, "rank": rank, "versions": versions()}
+    ends = work(args, store, rank, cache(partial(load, args)), about)
+    if rank != 0:
+        return 0
+    states = Counter(end["state"] for end in ends)
+    if len(ends) > 1 or "made" not in states:
+        tell(f"minisvd: of {len(ends)} videos {', '.join(f'{n} {state}' for state, n in sorted(states.items()))}")
     if args.json:
+        report = {"model": args.model, "device": device, "dtype": dtype, "frames": given.pop("num_frames"), **given}
+        report |= {"videos": [end for end in ends if "seconds" in end], "failed": [e for e in ends if "error" in e]}
+        report |= {"skipped": [end["path"] for end in ends if not {"seconds", "error"} & end.keys()]}
         print(json.dumps(report | {"seconds": round(time.perf_counter() - began, 3), "versions": versions()}))
-
-
-def make(
-    svd: StableVideoDiffusion, jobs: list[Job], settings: dict[str, Any], zoom: int, say: bool
-) -> list[dict[str, Any]]:
-    """Make and write the videos, and `say` the path of each on stdout. Returns what the JSON has of them.
-
-    One bar shows the progress of several videos; of a single one, a bar for the steps and another for decoding; none
-    with --json, and none where stderr is no terminal.
-    """
-    from tqdm import tqdm
-
-    made, single = [], len(jobs) == 1
-    steps = len(settings["sigmas"][1:] if settings["sigmas"] else range(settings["steps"] or svd.generation.steps))
-    shown = say and sys.stderr.isatty()
-    with tqdm(total=len(jobs), desc="videos", unit="video", disable=single or not shown) as bar:
-        for job in jobs:
-            started = time.perf_counter()
-            show = partial(show_step, bar, f"{steps}, seed {job.seed}, {job.image.name}")
-            video = svd(job.image, seed=job.seed, callback=show, progress=single and shown, **settings)
-            video.enlarged(zoom).save(job.path)
-            seconds = round(time.perf_counter() - started, 3)
-            made.append({"image": str(job.image), "seed": job.seed, "path": str(job.path), "seconds": seconds})
-            bar.update()
-            if say:
-                with bar.external_write_mode():
-                    print(job.path, flush=True)
-    return made
-
-
-def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
-    """Write beside the bar over the videos which step the present one has taken."""
-    bar.set_postfix_str(f"step {step} of {rest}")
+    return int("failed" in states)
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
@@ -156,14 +119,14 @@ def show_step(bar: tqdm, rest: str, step: int, *_: object) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Load a model and say what it is: source, layout, parameters of each part, and the settings it comes with."""
-    svd = load(args)
+    svd, (device, dtype) = load(args), place(args)
     parts = {name: sum(p.numel() for p in getattr(svd, name).parameters()) for name in ("unet", "vae", "clip")}
     generation = asdict(svd.generation)
     if args.json:
-        report = {"source": svd.source, "layout": svd.layout, **placement(svd), "parameters": parts}
+        report = {"source": svd.source, "layout": svd.layout, "device": device, "dtype": dtype, "parameters": parts}
         print(json.dumps(report | {"generation": generation, "versions": versions()}))
         return
-    rows = {"source": svd.source, "layout": svd.layout, **placement(svd)}
+    rows = {"source": svd.source, "layout": svd.layout, "device": device, "dtype": dtype}
     rows |= {name: f"{count:,} parameters" for name, count in {**parts, "total": sum(parts.values())}.items()}
     for name, value in (rows | generation).items():
         print(f"{name:<14}{value}")
@@ -249,26 +212,28 @@ def account(args: argparse.Namespace) -> None:
 # --- what all need -----------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace) -> StableVideoDiffusion:
-    """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
+def place(args: argparse.Namespace) -> tuple[str, str]:
+    """--device, or the first there is, of torchrun's ranks each its own; and --dtype. Raises what `load` raises."""
     import torch
 
-    from .checkpoint import checked_device
+    from .checkpoint import checked_device, checked_dtype
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "")
+    device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    return device, str(checked_dtype(dtype, checked_device(device))).removeprefix("torch.")
+
+
+def load(args: argparse.Namespace) -> StableVideoDiffusion:
+    """The model of --model, on --device in --dtype. Raises what `minisvd.load` raises."""
     from .pipeline import load
 
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = found if args.device is None else args.device
-    dtype = args.dtype or ("float16" if checked_device(device).type == "cuda" else "float32")
-    chosen: dict[str, Any] = {
-        name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")
-    }
-    return load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
-
-
-def placement(svd: StableVideoDiffusion) -> dict[str, str]:
-    """Where the model is and what its numbers are."""
-    weight = next(svd.unet.parameters())
-    return {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+    device, dtype = place(args)
+    chosen = {name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")}
+    svd = load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
+    return svd.compile() if getattr(args, "compile", False) else svd
 
 
 def versions() -> dict[str, str]:
@@ -344,18 +309,23 @@ def parser() -> Parser:
     def new(run: Callable[[argparse.Namespace], int | None], parents: list[Parser], about: str) -> Parser:
         command = commands.add_parser(run.__name__, parents=parents, help=about, description=about, allow_abbrev=False)
         command.set_defaults(run=run)
+        command._negative_number_matcher = re.compile(r"-\.?\d")  # -1e0 is one, too, as it is from Python 3.14 on
         return command
 
     command = new(generate, [model, placed], "make a video from each image")
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
-    add("image", nargs="+", type=Path, metavar="IMAGE", help=images)
+    add("image", nargs="*", type=Path, metavar="IMAGE", help=images)
+    add("--manifest", type=Path, metavar="M", help="a .jsonl or .csv file, a row a video: image, name, any setting")
     out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
 or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
     add("-o", "--output", required=True, type=Path, metavar="OUT", help=out)
     name = "names in the folder OUT, with the same placeholders (default: {stem}.mp4, with --seeds {stem}-{seed}.mp4)"
     add("--name-template", metavar="T", help=name)
-    add("--skip-existing", action="store_true", help="make only what is not there yet, to go on after an interruption")
+    add("--skip-existing", action="store_true", help="make only what is not there, whatever it was made with")
+    add("--no-sidecar", action="store_true", help="write no VIDEO.json, by which a second run knows what is finished")
+    add("--batch", type=int, default=1, metavar="N", help="videos at a time; each is what it is alone to rounding")
+    add("--fail-fast", action="store_true", help="end at the first video that cannot be made")
     add("--frames", dest="num_frames", type=int, metavar="N", help="frames to make (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--fit", choices=CHOICES["fit"], default="crop", help="how an image of another shape gets there")

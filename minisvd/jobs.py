@@ -1,28 +1,42 @@
-"""Which videos a command line asks for, and where each goes: images and seeds, names, and what is there already."""
+"""Which videos a command line asks for, where each goes, and whether it is there already: images, manifests, names.
+
+Beside each video lies its record, VIDEO.json: every setting, hashes of the image, the weights and the video, timings.
+"""
 
 from __future__ import annotations
 
+import csv
+import glob
+import hashlib
+import json
+import os
 import re
+import warnings
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby
+from mimetypes import guess_type
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from .video import check_output, is_written
+from .config import CHOICES, MANY, SETTINGS, VCUT, check, shown
+from .video import check_output, check_zoom, is_written
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
-
-
-class Job(NamedTuple):
-    """A video to make, and where it goes."""
-
-    image: Path
-    seed: int
-    path: Path
+NAMES = ("sigmas", *SETTINGS, *CHOICES)  # of the settings that a row of a manifest may have
+Job = dict[str, Any]  # image, seed, path and settings; at the end also its state, and seconds or an error
+Row = tuple[Path, str, dict[str, Any]]  # an image, the name of its video or "", and settings of its own
 
 
 def find_images(given: list[Path]) -> list[Path]:
     """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens.
 
-    Hidden files are left out, folders inside are not searched. Raises FileNotFoundError for a folder without images.
+    A pattern with *, ? or [ stands for what matches it. Hidden files and videos of ours are left out, folders inside
+    are not searched. Warns of pictures of other kinds. Raises FileNotFoundError for a folder without images.
     """
     from PIL import Image
 
@@ -31,64 +45,174 @@ def find_images(given: list[Path]) -> list[Path]:
     extensions = {name for name, kind in Image.registered_extensions().items() if kind in FORMATS}
     images = []
     for path in given:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        found = [p for p in inside if p.suffix.lower() in extensions and p.is_file() and not p.name.startswith(".")]
+        inside = [p for p in sorted(path.iterdir()) if p.is_file() and p.name[0] != "."] if path.is_dir() else []
+        found = [p for p in inside if p.suffix.lower() in extensions and not read_record(p)]
+        for p in inside:
+            if p.suffix.lower() not in extensions and (guess_type(p.name)[0] or "").startswith("image/"):
+                warnings.warn(f"{p} is left out, as Pillow does not open such files: make it a PNG", stacklevel=2)
         if path.is_dir() and not found:
             raise FileNotFoundError(f"there are no images in {path} itself: give another folder, or name the files")
-        images += found or [path]
+        matching = [] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path))))
+        images += found or matching or [path]
     return images
 
 
-def naming(output: Path, template: str | None, default: str, images: int, seeds: int) -> tuple[Path, str]:
-    """The folder that the videos go to, and the template of their names in it.
+def read_manifest(path: Path) -> list[Row]:
+    """The rows of a .jsonl file, an object a line, or of a .csv file with a header: `image`, relative to the manifest's
+    folder, and, where they are to differ from the command line's, `name` of the video and any setting of a call.
 
-    `template` itself, in the folder `output`; or if it is None, `default` in that folder; or `output` if it is none.
-    Raises ValueError for a template that no video, or only one of several, could be named by, and FileNotFoundError for
-    one without its folder.
+    What is empty or null is not given. Raises ValueError, with the row, for what cannot be meant.
     """
-    folder, remedy = output, ""
-    if template is not None:
-        if not template or Path(template).name != template:
-            raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
-        if not output.is_dir():
-            raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
-    elif output.is_dir():
-        template = default
-    else:
-        folder, template, remedy = Path(), str(output), "give an existing folder, or "
+    if path.suffix not in (".csv", ".jsonl") or not path.is_file():
+        raise ValueError(f"{path} is no .jsonl or .csv file: check the path of the manifest")
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = filter(str.strip, file)
+        try:
+            for fields in csv.DictReader(lines, strict=True) if path.suffix == ".csv" else map(json.loads, lines):
+                if not isinstance(fields, dict):
+                    raise ValueError(f"{shown(fields)} is no object of settings")
+                own = {name: value for name, value in fields.items() if value not in (None, "")}
+                image, name = own.pop("image", ""), own.pop("name", "")
+                if not (isinstance(image, str) and isinstance(name, str) and image):
+                    raise ValueError(f"image is {shown(image)} and name {shown(name)}; need a path, and a file's name")
+                rows.append((path.parent / image, name, as_settings(own)))
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise ValueError(f"{path}, row {len(rows) + 1}: {error}") from error
+    return rows
+
+
+def as_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings in plain form, as JSON has them; a string for a number, as a .csv has it, is read as JSON. Raises
+    ValueError for a name that is none, or a value that cannot be."""
+    from .pipeline import checked_sigmas
+
+    settings = {}
+    for name, value in given.items():
+        if name not in NAMES:
+            raise ValueError(f"{shown(name)} is no setting; use image, name, {', '.join(NAMES)}")
+        if isinstance(value, str) and name not in CHOICES:
+            with suppress(ValueError):
+                value = json.loads(value)
+        settings[name] = checked_sigmas(name, value).tolist() if name == "sigmas" else check(name, value)
+    return settings
+
+
+def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]:
+    """The folder that the videos go to, and the template of their names in it: `template`, or if it is None `default`,
+    in the folder `output`; or `output` itself, if it is none. Raises ValueError or FileNotFoundError for others."""
+    if template is not None and (not template or Path(template).name != template):
+        raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
+    if template is not None and not output.is_dir():
+        raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
+    folder, template = (output, template or default) if output.is_dir() else (Path(), str(output))
     for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
         if placeholder not in PLACEHOLDERS:
             raise ValueError(f"{placeholder} in {template} means nothing: use {', '.join(PLACEHOLDERS)}")
-    if images > 1 and "{stem}" not in template:
-        raise ValueError(f"{template} is one name for {images} images: {remedy}put {{stem}} in it")
-    if seeds > 1 and "{seed}" not in template and "{index}" not in template:
-        raise ValueError(f"{template} is one name for {seeds} seeds: {remedy}put {{seed}} in it")
     return folder, template
 
 
-def plan(
-    images: list[Path], seeds: list[int], folder: Path, template: str, skip_existing: bool
-) -> tuple[list[Job], list[Job]]:
-    """What is to be made, image by image and seed by seed, and what is there already, if that is to be skipped.
-
-    Raises what `check_output` raises, and ValueError where a video would replace another or one of the images.
-    """
-    jobs, skipped, taken, sources = [], [], set(), {image.resolve() for image in images}
-    for image in images:
-        for index, seed in enumerate(seeds):
-            path = folder / fill(template, stem=image.stem, seed=seed, index=index)
-            there = skip_existing and is_written(path)
-            if not there:
+def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_existing: bool = False) -> list[Job]:
+    """What is asked for, row by row and seed by seed. A row's own name is the template of its videos in the folder.
+    Raises what `check_output` raises, and ValueError where one would replace another or an image, or lie outside."""
+    jobs, taken, sources = [], set(), {image.resolve() for image, _, _ in rows}
+    for image, name, own in rows:
+        for index, seed in enumerate([own["seed"]] if "seed" in own else seeds):
+            path = folder / fill(name or template, stem=image.stem, seed=seed, index=index)
+            if name and path.resolve().parent != folder.resolve():
+                raise ValueError(f"{path} does not lie in {folder}: give the name of a file alone")
+            if not (is_written(path) and (skip_existing or read_record(path))):  # else it may be left alone
                 check_output(path)
             if path in taken:
-                raise ValueError(f"two images would be written to {path}: rename one, or run them one by one")
+                remedy = "give an existing folder, rename an image, or name by {stem} and {seed}"
+                raise ValueError(f"two videos would be written to {path}: {remedy}")
             if path.resolve() in sources:
                 raise ValueError(f"{path} is one of the images: choose another output")
             taken.add(path)
-            (skipped if there else jobs).append(Job(image, seed, path))
-    return jobs, skipped
+            jobs.append({"image": str(image), "seed": seed, "path": str(path), "settings": own | {"seed": seed}})
+    return jobs
 
 
 def fill(template: str, **values: object) -> str:
     """`template` with each {name} replaced by its value, at once, so that a value with braces stays as it is."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+
+
+def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any], dict[str, Any]]:
+    """The videos that a command line of `minisvd generate` asks for, in batches of --batch that differ in nothing but
+    what each image may have of its own; what else decides their frames, the build and the weights, by their hashes; and
+    the settings that they have where a manifest's row has no others.
+
+    Raises ValueError or OSError for what no video could be made of, an image only if it is the only one.
+    """
+    from .checkpoint import resolve
+    from .images import open_image
+    from .pipeline import OPTIONAL, PER_IMAGE
+
+    listed = read_manifest(args.manifest) if args.manifest else []
+    rows: list[Row] = [(image, "", {}) for image in find_images(args.image)]
+    if not rows + listed:
+        raise ValueError("there is nothing to make: name an image, a folder of images, or a --manifest with rows")
+    seeds, default = (args.seeds, "{stem}-{seed}.mp4") if args.seeds else ([args.seed or 0], "{stem}.mp4")
+    template = default if listed and args.name_template is None else args.name_template
+    folder, template = naming(args.output, template, default)
+    rows += [(image, name or template, own) for image, name, own in listed]
+    jobs = plan(rows, seeds, folder, template, args.skip_existing)
+    given = as_settings({name: value for name in NAMES if (value := getattr(args, name)) is not None})
+    for job in jobs if len(jobs) == 1 or args.fail_fast else []:
+        open_image(job["image"])
+
+    weights = resolve(args.model, variant=args.variant, revision=args.revision, offline=args.offline)
+    given = dict.fromkeys(OPTIONAL) | asdict(weights.generation) | given
+    for job in jobs:
+        job["settings"] = given | job["settings"]
+        check_zoom(job["settings"]["zoom"], job["settings"]["size"])
+        record = record_of(Path(job["path"]))
+        if not args.no_sidecar and os.path.lexists(record) and not read_record(record.with_suffix("")):
+            raise FileExistsError(f"{record} is there and no record of a video: move it, or add --no-sidecar")
+    made = {"dtype": dtype, "vcut": weights.configs["unet"].vcut if args.vcut is None else VCUT[args.vcut]}
+    if not args.no_sidecar:
+        hashes = {path: digest(path) for path in set(weights.files.values())}
+        made["weights"] = {part: hashes[path] for part, path in weights.files.items()}
+    MANY.check("batch", args.batch)
+    batches = []
+    for _, alike in groupby(jobs, lambda job: {k: v for k, v in job["settings"].items() if k not in PER_IMAGE}):
+        alike = list(alike)
+        batches += [alike[i : i + args.batch] for i in range(0, len(alike), args.batch)]
+    given |= {"seeds": seeds} if args.seeds else {"seed": seeds[0]}
+    return batches, made, given
+
+
+# --- what is there ------------------------------------------------------------------------------------------------
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of those of the files in a folder, one after another."""
+    sha = hashlib.sha256()
+    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with open(part, "rb") as file:
+            for block in iter(partial(file.read, 1 << 20), b""):
+                sha.update(block)
+    return sha.hexdigest()
+
+
+def record_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the video at `path`; nothing, if there is none of ours."""
+    with suppress(OSError, ValueError, RecursionError):
+        record = json.loads(record_of(path).read_bytes())
+        return record if isinstance(record, dict) and {"made", "video_sha256"} <= record.keys() else {}
+    return {}
+
+
+def state(path: Path, made: dict[str, Any]) -> str:
+    """What becomes of a job whose place is `path`, in the words of the summary: a video there is left alone if its
+    record says `made`, which decides its frames, and has its hash."""
+    record = read_record(path)
+    same = record.get("made") == made
+    if not is_written(path) or (same and record["video_sha256"] != digest(path)):
+        return "made again, which were broken" if path.is_file() else "made"
+    return "skipped, finished with the same settings" if same else "made again with other settings"

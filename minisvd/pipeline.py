@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -308,14 +308,6 @@ class StableVideoDiffusion:
             y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
         error, spread = (x - y.float()).square().mean(), (x - x.mean((2, 3), keepdim=True)).square().mean()
         return (10 * torch.log10(spread.clamp(min=1e-6) / error)).item()
-
-    def strangers(self, images: Iterable[Path], size: tuple[int, int], fit: Fit) -> str:
-        """A sentence, if the model that ships is given pictures of another kind than the one that it was trained on."""
-        among = set(images) if self.ships else set()
-        strange = sorted(path for path in among if self.familiarity(load_image(path, size, fit)) < FAMILIAR)
-        more = f" and {len(strange) - 1} more are" if strange[1:] else " is"
-        about = "not what the small model knows, drawings of one shape on a plain ground, and will become a blur"
-        return f"{strange[0]}{more} {about}; for photos: --model svd-xt, the official weights" if strange else ""
 
     @property
     def device(self) -> torch.device:

@@ -4,8 +4,6 @@ A folder appears whole or not at all: it is written beside its place, under a hi
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +22,7 @@ from .folder import CONFIG_FILES, FIXED, GENERATION_FILE, PREPROCESSOR_FILE, STE
 from .layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder
+from .video import replacing
 
 
 @contextmanager
@@ -33,13 +32,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists: name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:100]}-") as temporary:
-        part = Path(temporary) / folder.name
+    with replacing(folder) as part:
         part.mkdir()
         yield part
-        if folder.is_dir():  # empty, as was checked; not every system replaces one
-            folder.rmdir()
-        os.replace(part, folder)
 
 
 def save_unet(unet: SpatioTemporalUNet, folder: str | Path, num_frames: int, dtype: torch.dtype | None = None) -> None:

@@ -10,7 +10,8 @@ import base64
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -87,13 +88,8 @@ class Video:
         An existing file is replaced, whole, at the end. Raises what `check_output` raises, before any work.
         """
         path = check_output(path)
-        target = Path(os.path.realpath(path))  # what a link is to is replaced, and the link stays
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{path.name[:100]}-") as temporary:
-            part = Path(temporary) / path.name
+        with replacing(path) as part:
             WRITERS[path.suffix.lower()](self, part)
-            if target.is_dir():  # an empty folder, says check_output; not every system replaces one
-                target.rmdir()
-            os.replace(part, target)
         return path
 
     def _repr_html_(self) -> str:
@@ -107,6 +103,17 @@ class Video:
             f'<video controls loop autoplay muted playsinline width="{w * factor}" height="{h * factor}"{style} '
             f'src="data:video/mp4;base64,{data}"></video>'
         )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` when it is whole; hidden, beside it."""
+    target = Path(os.path.realpath(path))  # what a link is to is replaced, and the link stays
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{path.name[:100]}-") as temporary:
+        yield (part := Path(temporary) / path.name)
+        if target.is_dir():  # an empty one; not every system replaces it
+            target.rmdir()
+        os.replace(part, target)
 
 
 def check_zoom(zoom: int, size: Sequence[int]) -> None:
@@ -139,6 +146,8 @@ def check_output(path: str | Path) -> Path:
         raise FileExistsError(f"cannot write {path}: it is a folder, choose another name")
     if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"cannot write {path}: it is a pipe, a device or a link to nothing, choose another name")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(f"cannot write {path}: it is there and may not be changed, choose another name")
     if not path.suffix and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"cannot write PNGs to {path}: it exists and is not an empty folder, choose another name")
     return path

@@ -164,7 +164,7 @@ def test_bars_are_drawn_on_a_terminal_and_never_beside_json(
     argv = ["generate", photo.name, "-o", "clip.gif", "--model", str(tiny_folder), *FAST]
     assert main(argv) == 0
     assert "denoising" in capsys.readouterr().err
-    assert main([*argv, "--json"]) == 0
+    assert main([*argv, "--json", "-o", "other.gif"]) == 0
     assert capsys.readouterr().err == ""
     assert main(["verify", "--model", str(tiny_folder), "--json"]) == 0
     assert capsys.readouterr().err == ""
@@ -246,12 +246,15 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate photo.png -o none/clip.mp4", "the folder none does not exist"),
         ("generate photo.png -o photo.png", "cannot write photo.png: use .mp4"),
         ("generate moving.gif -o moving.gif", "moving.gif is one of the images"),
-        ("generate photo.png text.png -o clip.mp4", "clip.mp4 is one name for 2 images: give an existing folder"),
-        ("generate photo.png photo.png -o {stem}.mp4", "two images would be written to photo.mp4"),
+        ("generate photo.png text.png -o clip.mp4", "two videos would be written to clip.mp4: give an existing folder"),
+        ("generate photo.png photo.png -o {stem}.mp4", "two videos would be written to photo.mp4"),
         ("generate none.png -o clip.mp4", "no image at none.png"),
         ("generate text.png -o clip.mp4", "text.png is not an image"),
-        ("generate photo.png text.png -o .", "text.png is not an image"),
-        ("generate . -o clip.mp4", "clip.mp4 is one name for 3 images"),
+        ("generate photo.png text.png -o . --fail-fast", "text.png is not an image"),
+        ("generate . -o clip.mp4", "two videos would be written to clip.mp4"),
+        ("generate -o clip.mp4", "there is nothing to make: name an image, a folder of images, or a --manifest"),
+        ("generate photo.png --output= ", "one of the arguments is empty: give it a value, or leave it out"),
+        ("generate photo.png -o clip.mp4 --guidance 3e0 -1e0", "guidance is (3.0, -1.0); need 2 numbers"),
         ("generate photo.png", "the following arguments are required: -o/--output"),
         ("generate photo.png -o clip.mp4 --size 64", "'64' is not WIDTHxHEIGHT in pixels, such as 1024x576"),
         ("generate photo.png -o clip.mp4 --size -64x64", "--size: expected one argument"),

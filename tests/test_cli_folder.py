@@ -15,7 +15,7 @@ from PIL import Image
 from minisvd import pipeline
 from minisvd import video as video_module
 from minisvd.cli import main, parse_seeds
-from minisvd.jobs import Job, find_images, plan
+from minisvd.jobs import find_images, plan, state
 from test_cli import FAST, refusal
 
 PROMPT = "A teddy bear, 3-5 years old, climbs over a {seed} fence."  # VBench-I2V's images are called by sentences
@@ -41,7 +41,8 @@ def run(tiny_folder: Path, *argv: str) -> int:
 
 
 def contents(folder: str) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*.*")}
+    files = [path for path in Path(folder).rglob("*.*") if path.suffix != ".json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def read_by_vbench_i2v(folder: Path, prompt: str) -> list[str]:
@@ -69,7 +70,7 @@ def test_each_video_is_what_its_image_and_seed_give_alone(
     assert out.splitlines() == ["out/a-3", "out/a-0", "out/b-3", "out/b-0"]
     assert len(loads) == 1
     assert "videos: 100%" in err
-    assert "step 1 of 1, seed 3, b.JPG" in err
+    assert "step 1, out/b-3" in err
     assert not any(bar in err for bar in ("denoising", "decoding"))
 
     assert run(tiny_folder, "photos/b.JPG", "-o", "alone", "--seed", "3") == 0
@@ -85,15 +86,16 @@ def test_each_video_is_what_its_image_and_seed_give_alone(
 def test_vbench_i2v_finds_every_video(tiny_folder: Path, photos: Path) -> None:
     """Of an image that is called by its prompt, braces and all; nothing else is there. Other seeds need {index}."""
     (photos / "a.png").rename(f"{PROMPT}.png")
-    assert run(tiny_folder, f"{PROMPT}.png", "-o", "out", "--seeds", "0-4", "--name-template", "{stem}-{seed}.mp4") == 0
+    named = ("-o", "out", "--seeds", "0-4", "--name-template", "{stem}-{seed}.mp4", "--no-sidecar")
+    assert run(tiny_folder, f"{PROMPT}.png", *named) == 0
     found = read_by_vbench_i2v(Path("out"), PROMPT)
     assert found == [f"{PROMPT}-{index}.mp4" for index in range(5)] == sorted(os.listdir("out"))
     assert all(Path("out", name).read_bytes()[4:8] == b"ftyp" for name in found)
     assert not read_by_vbench_i2v(Path("out"), "another prompt")
 
     def names(template: str) -> list[str]:
-        jobs, _ = plan([Path(f"{PROMPT}.png")], [7, *range(9, 13)], Path("out"), template, False)
-        return [job.path.name for job in jobs]
+        jobs = plan([(Path(f"{PROMPT}.png"), "", {})], [7, *range(9, 13)], Path("out"), template)
+        return [Path(job["path"]).name for job in jobs]
 
     assert names("{stem}-{index}.mp4") == found
     assert not set(names("{stem}-{seed}.mp4")) & set(found)  # control
@@ -123,13 +125,13 @@ def test_an_interrupted_run_is_finished_by_running_it_again(
         patch.setitem(video_module.WRITERS, ".gif", write_then_interrupt)
         assert run(tiny_folder, *command, "out") == 130
     assert capsys.readouterr().out.splitlines() == ["out/a-0.gif", "out/a-1.gif"]
-    assert sorted(os.listdir("out")) == names[:2], "b-0.gif was not finished"
+    assert sorted(contents("out")) == names[:2], "b-0.gif was not finished"
 
     Path("out/a-1.gif").write_bytes(b"left alone")
     assert run(tiny_folder, *command, "out", "--json") == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert "minisvd: skipped 2 of 4 videos, which exist" in err
+    assert "minisvd: of 4 videos 2 made, 2 skipped, which exist" in err
     assert report["skipped"] == ["out/a-0.gif", "out/a-1.gif"]
     assert [(v["image"], v["seed"], v["path"]) for v in report["videos"]] == [
         ("photos/b.JPG", 0, "out/b-0.gif"),
@@ -141,7 +143,8 @@ def test_an_interrupted_run_is_finished_by_running_it_again(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("loaded"))
         assert run(tiny_folder, *command, "out") == 0
-        assert capsys.readouterr() == ("", "minisvd: skipped 4 of 4 videos, which exist\n")
+        said = "minisvd: of 4 videos 4 skipped, which exist\n"
+        assert capsys.readouterr() == ("", said)
         assert run(tiny_folder, *command, "out", "--json") == 0
         assert json.loads(capsys.readouterr().out)["videos"] == []
 
@@ -150,18 +153,17 @@ def test_an_interrupted_run_is_finished_by_running_it_again(
     assert contents("out") == contents("whole")
 
 
-def test_a_folder_of_frames_is_skipped_and_an_empty_one_is_filled() -> None:
+def test_a_folder_of_frames_is_a_video_and_an_empty_one_is_filled() -> None:
     """As `Video.save` does: it replaces an empty folder and no other."""
-    Path("out/a").mkdir()
-    Path("out/b").mkdir()
+    for name in "ab":
+        Path("out", name).mkdir()
     Path("out/b/frame_0000.png").write_bytes(b"png")
-    images = [Path("photos/a.png"), Path("photos/b.JPG")]
-    assert plan(images, [0], Path("out"), "{stem}", True) == (
-        [Job(images[0], 0, Path("out/a"))],
-        [Job(images[1], 0, Path("out/b"))],
-    )
+    rows = [(Path("photos/a.png"), "", {}), (Path("photos/b.JPG"), "", {})]
+    jobs = plan(rows, [0], Path("out"), "{stem}", skip_existing=True)
+    assert [(job["image"], job["path"]) for job in jobs] == [("photos/a.png", "out/a"), ("photos/b.JPG", "out/b")]
+    assert [state(Path(job["path"]), {}) for job in jobs] == ["made", "made again with other settings"]
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        plan(images, [0], Path("out"), "{stem}", False)
+        plan(rows, [0], Path("out"), "{stem}")
 
 
 def test_a_folder_stands_for_the_images_in_it(photos: Path) -> None:
@@ -210,16 +212,22 @@ def test_seeds_are_numbers_and_ranges() -> None:
     ("argv", "says"),
     [
         ("empty -o out", "there are no images in empty itself: give another folder"),
-        ("photos photos/inner/none.png -o out", "no image at photos/inner/none.png"),
-        ("photos photos/inner/c.png -o out", "photos/inner/c.png is not an image"),
-        ("photos -o clip.mp4", "clip.mp4 is one name for 2 images: give an existing folder, or put {stem} in it"),
-        ("photos -o out --name-template {seed}.mp4", "{seed}.mp4 is one name for 2 images: put {stem} in it"),
-        ("photos/a.png -o clip.mp4 --seeds 0-1", "clip.mp4 is one name for 2 seeds: give an existing folder, or put"),
-        ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "{stem}.mp4 is one name for 2 seeds: put {seed} in"),
-        ("photos photos/a.png -o out", "two images would be written to out/a.mp4: rename one"),
+        ("photos photos/inner/none.png -o out --fail-fast", "no image at photos/inner/none.png"),
+        ("photos photos/inner/c.png -o out --fail-fast", "photos/inner/c.png is not an image"),
+        (
+            "photos -o clip.mp4",
+            "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by {stem} and {seed}",
+        ),
+        (
+            "photos -o out --name-template {seed}.mp4",
+            "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by {stem} and {seed}",
+        ),
+        ("photos/a.png -o clip.mp4 --seeds 0-1", "two videos would be written to clip.mp4: give an existing folder"),
+        ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "two videos would be written to out/a.mp4"),
+        ("photos photos/a.png -o out", "two videos would be written to out/a.mp4: give an existing folder, rename"),
         (
             "photos photos/a1.png -o out --seeds 0,10 --name-template {stem}{seed}.gif",
-            "be written to out/a10.gif: rename",
+            "two videos would be written to out/a10.gif: give an existing folder, rename",
         ),
         ("photos photos/a.gif -o photos --name-template {stem}.gif", "photos/a.gif is one of the images"),
         ("photos/a.gif -o photos/{stem}.gif --skip-existing", "photos/a.gif is one of the images"),
@@ -231,9 +239,10 @@ def test_seeds_are_numbers_and_ranges() -> None:
         ("photos -o out --name-template {stem}-{seed:02d}.mp4", "{seed:02d} in {stem}-{seed:02d}.mp4 means nothing"),
         ("photos -o out/{stem}-{}.mp4", "{} in out/{stem}-{}.mp4 means nothing"),
         ("photos -o out --name-template x/{stem}.mp4", "--name-template is 'x/{stem}.mp4'; need the name of a file"),
-        ("photos -o out --name-template=", "--name-template is ''; need the name of a file"),
+        ("photos -o out --name-template=", "one of the arguments is empty"),
         ("photos -o out --seed 0 --seeds 0-4", "argument --seeds: not allowed with argument --seed"),
         ("photos -o out --seeds x", "argument --seeds: 'x' is not seeds such as 3, 0-4 or 0,2,5-7"),
+        ("photos -o out --name-template a/b", "--name-template is 'a/b'; need the name of a file"),
         ("photos -o out --seeds 0,", "'0,' is not seeds"),
         ("photos -o out --seeds 1-2-3", "'1-2-3' is not seeds"),
         ("photos -o out --seeds=-1", "'-1' is not seeds"),

@@ -62,10 +62,9 @@ class Hub(BaseHTTPRequestHandler):
         if revision not in ("main", COMMIT, ""):
             return self.fail(404, "RevisionNotFound")
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        if api and verb == "tree":
-            sizes = {name: (folder / name).stat().st_size for name in names}
-            tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
-            return self.send(json.dumps(tree).encode(), body_wanted)
+        if api and verb == "tree":  # a question for which the client sets no time limit, so nobody may ask it
+            self.hang.wait(60)
+            return None
         if api:
             info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             return self.send(json.dumps(info).encode(), body_wanted)
@@ -231,7 +230,6 @@ def test_one_variant_is_downloaded_once_and_found_without_a_connection(
         assert offline("resolve", "someone/svd") == [*PLAIN, 3]
         assert online("resolve", "someone/svd", offline=True) == [*PLAIN, 3]
         assert len(hub.asked) == asked, "not even a question while offline"
-    assert "Fetching" in Path(online.errors.name).read_text(), "the hub's progress bars are on"
     assert online("resolve", "someone/svd") == [*PLAIN, 3]
     for client in (online, offline):
         fp16 = client("resolve", "someone/svd", variant="fp16")

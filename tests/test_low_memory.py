@@ -178,10 +178,10 @@ def test_the_command_line_foretells_chooses_and_says_so(
         monkeypatch.setattr(memory, "room", lambda _device: room)
         Image.new("RGB", (64, 64), "navy").save(tmp_path / "image.png")
         video = str(tmp_path / "video.gif")
-        given = [str(tmp_path / "image.png"), "-o", video, *size, "--json", "--device", "cpu", *more]
-        assert main(["generate", *given]) == 0
+        given = [str(tmp_path / "image.png"), "-o", video, *size, "--json", "--no-sidecar", "--device", "cpu"]
+        assert main(["generate", *given, *more]) == 0
         out, err = capsys.readouterr()
-        return json.loads(out)["memory"], err
+        return json.loads(out)["videos"][0]["memory"], err
 
     assert made(None) == made(2 * full) == (ECONOMIES[0].name, "")
     assert made(None, "--low-memory") == (ECONOMIES[-1].name, "")

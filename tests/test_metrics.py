@@ -4,6 +4,7 @@ Controls: the same measure on a clip that is scrambled, still, reversed, recolou
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -91,6 +92,41 @@ def test_a_static_clip_is_consistent_and_a_scrambled_one_is_not(name: str, tiny:
 def test_one_frame_or_a_batch_of_images_is_refused(frames: tuple[int, ...], image: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="need"):
         metrics.consistencies(noise(*frames), noise(*image), subject=mean_colour, background=mean_colour)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
+    """By every measure, wherever they are; a mean of the others would look like a result. Control: without them."""
+    good = noise(3, 3, 64, 64).clamp(0, 1)
+    frames, scene = good.clone(), scenes.random_clip(np.random.default_rng(0))[0]
+    frames[1, 0, 5, 5] = bad
+    measures: list[Callable[[torch.Tensor], object]] = [
+        lambda x: metrics.consistencies(x, good[0], subject=mean_colour, background=mean_colour),
+        lambda x: metrics.consistencies(good, x[1], subject=mean_colour, background=mean_colour),
+        lambda x: metrics.consistency(metrics.pixel_features(x)),
+        lambda x: metrics.image_consistency(metrics.pixel_features(x)[1], metrics.pixel_features(good)),
+        metrics.dynamics,
+        lambda x: metrics.psnr(x, good),
+        lambda x: metrics.ssim(good, x),
+        lambda x: metrics.against_truth(x, scene, 127, 7),
+    ]
+    for measure in measures:
+        measure(good)
+        with pytest.raises(ValueError, match="infinite or not numbers"):
+            measure(frames)
+
+
+def test_one_frame_and_features_of_two_sizes_are_refused() -> None:
+    one, two = noise(1, 12), noise(2, 12)
+    for refused in (
+        lambda: metrics.consistency(one),
+        lambda: metrics.image_consistency(one[0], one),
+        lambda: metrics.image_consistency(noise(5), two),
+        lambda: metrics.lucas_kanade(noise(1, 3, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match="need"):
+            refused()
+    assert metrics.image_consistency(one[0], two) <= 1  # control
 
 
 # --- feature extractors ---------------------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from conftest import CLIP, UNET_CONFIG, VAE, randomised
 from minisvd import AutoencoderKLTemporalDecoder, ImageEncoder, SpatioTemporalUNet, UNetConfig
-from minisvd.accounting import BUILDS, run_cost
+from minisvd.accounting import BUILDS, run_cost, unet_blocks
 from minisvd.attention import Attention
 from minisvd.config import ClipConfig, GenerationConfig, VAEConfig
+from minisvd.folder import resolve_configs
 from minisvd.save import save_folder
 from minisvd.triviality import linear_map
 from tools.teach import browse, explain
+
+ROOT = Path(__file__).parent.parent
 
 TINY = UNetConfig(block_out_channels=(32, 64), attention=(True, False), num_attention_heads=(2, 4))
 KINDS = {"u8": np.uint8, "f32": np.float32, "i8": np.int8, "i16": np.int16}
@@ -96,6 +99,13 @@ def test_maps_of_a_large_grid_are_those_of_few_cells():
     assert explain.some(2, 7) == [0, 1]
 
 
+def content(html: str) -> dict[str, Any]:
+    """The data of a page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A page of a random model that is not square, and what is in it."""
@@ -110,9 +120,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     path = folder / "page.html"
     explain.main(["weights/tiny/example.png", "-o", str(path), "--model", str(folder / "random")])
     html = path.read_text(encoding="utf-8")
-    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert content is not None
-    return path, json.loads(content[1])
+    return path, content(html)
 
 
 @pytest.mark.slow
@@ -131,7 +139,7 @@ def test_maps_are_weights_that_sum_to_one(made):
     sites, frames = data["maps"]["sites"], len(data["shown"])
     assert frames == 3
     assert len(sites) == 5
-    assert sites[0]["grid"] == [4, 20]  # 8x40 tokens, four to a cell
+    assert sites[0]["grid"] == [2, 10]  # 8x40 tokens, sixteen to a cell
     for site in sites:
         cells = site["grid"][0] * site["grid"][1]
         assert len(site["steps"]) == len(data["maps"]["steps"])
@@ -175,3 +183,24 @@ def test_every_control_moves_what_it_says(made):
     )
     failed = [name for name, holds in browse.browse(broken) if not holds]  # control
     assert failed[:2] == ["light: cut moves #cut-said", "light: cut moves #ledger"]
+
+
+def test_the_shown_page_is_what_the_code_makes_of_what_was_measured():
+    """The page of the example that is linked: its script, its formulas and its U are those of this code."""
+    html = (ROOT / "tools/results/page.html").read_text(encoding="utf-8")
+    data, (configs, given) = content(html), resolve_configs("tiny")
+    config, t, latent = configs["unet"], given.num_frames, (8, 8)
+    blocks = list(unet_blocks(config, t, latent))
+    assert data["blocks"] == explain.described(blocks)
+    assert data["costs"] == explain.all_costs("tiny", config, t, latent, given.steps)
+    texts = {"U": explain.drawn_u(config, t, latent, "The U of tiny: 8 frames of 64x64, guided"), "SITES": "14"}
+    for name, pattern in {
+        "TITLE": "<h1>(.*?)</h1>",
+        "ABOUT": "</h1>\n<p>(.*?)</p>",
+        "MADE": "(Made by .*?)</p>",
+    }.items():
+        found = re.search(pattern, html)
+        assert found is not None
+        texts[name] = found[1]
+    assert explain.page(data, texts) == html
+    assert len(html) < 2e6

@@ -57,6 +57,7 @@ def consistencies(frames: Tensor, image: Tensor, *, subject: Features, backgroun
     """
     if len(frames) < 2 or image.ndim != 3:
         raise ValueError(f"frames are {list(frames.shape)}, image {list(image.shape)}: need [t,3,h,w], t > 1, [3,H,W]")
+    _check_numbers(frames, image)
     d, c = subject(frames), background(frames)
     return Consistencies(
         subject=consistency(d),
@@ -73,6 +74,7 @@ def consistency(features: Tensor) -> float:
     formula S_subject (DINO) and S_background (CLIP) was read as others quote it; the cut at 0 is in VBench's code,
     vbench/subject_consistency.py and background_consistency.py.
     """
+    _check_numbers(features, least=2)
     to_first, to_previous = similarity(features[:1], features[1:]), similarity(features[:-1], features[1:])
     return ((to_first + to_previous) / 2).mean().item()
 
@@ -84,6 +86,9 @@ def image_consistency(image: Tensor, features: Tensor, weights: tuple[float, flo
     Source: VBench-I2V's code, vbench2_beta_i2v/i2v_subject.py (DINO) and i2v_background.py (DreamSim), which VBench++
     (arXiv 2411.13503), section 3.1.3, calls a weighted average. Another commit of i2v_subject.py has (0.5, 0.5, 0).
     """
+    _check_numbers(features, image, least=2)
+    if image.shape != features.shape[1:]:
+        raise ValueError(f"features are {list(features.shape)}, the image's {list(image.shape)}: need one size of both")
     to_image, to_previous = similarity(image[None], features), similarity(features[:-1], features[1:])
     parts = torch.stack([to_image.max(), to_previous.mean(), to_previous.min()])
     return (parts @ torch.tensor(weights, dtype=parts.dtype)).item()
@@ -221,6 +226,7 @@ def lucas_kanade(frames: Tensor) -> Tensor:
     On textures of 6 to 24 pixels that move by up to 7, it is wrong by under 0.1 pixel in the mean.
     Source: Lucas and Kanade, 1981, with the gradient of the frame that stays, as in Baker and Matthews, 2004.
     """
+    _check_numbers(frames, least=2)
     levels = [frames.float()]
     while min(levels[-1].shape[-2:]) >= 32:
         half = [math.ceil(side / 2) for side in levels[-1].shape[-2:]]
@@ -287,6 +293,7 @@ def dynamics(frames: Tensor, flow: Flow = lucas_kanade) -> Dynamics:
 def psnr(a: Tensor, b: Tensor) -> float:
     """10 log10(1 / mean (a - b)^2), in decibels, over all of two tensors of one shape in [0,1]; inf if equal."""
     _check_same_shape(a, b)
+    _check_numbers(a, b)
     error = (a.double() - b.double()).square().mean().item()
     return -10 * math.log10(error) if error else math.inf
 
@@ -302,11 +309,20 @@ def ssim(a: Tensor, b: Tensor) -> float:
     _check_same_shape(a, b)
     if a.ndim != 4 or min(a.shape[-2:]) < 11:
         raise ValueError(f"frames are {list(a.shape)}: need [n,c,h,w], both sides at least 11")
+    _check_numbers(a, b)
     a, b, c1, c2 = a.double(), b.double(), 0.01**2, 0.03**2
     m_a, m_b, aa, bb, ab = (windowed(x, gaussian(11, 1.5)) for x in (a, b, a * a, b * b, a * b))
     luminance = (2 * m_a * m_b + c1) / (m_a**2 + m_b**2 + c1)
     structure = (2 * (ab - m_a * m_b) + c2) / (aa - m_a**2 + bb - m_b**2 + c2)
     return (luminance * structure).mean().item()
+
+
+def _check_numbers(*tensors: Tensor, least: int = 1) -> None:
+    """Raise ValueError if the first tensor has fewer than `least` rows, or any a value that is infinite or no number."""
+    if len(tensors[0]) < least:
+        raise ValueError(f"the shape is {list(tensors[0].shape)}: need at least {least} frames")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError("some values are infinite or not numbers: nothing can be measured by them, leave them out")
 
 
 def _check_same_shape(a: Tensor, b: Tensor) -> None:
@@ -438,6 +454,7 @@ def against_truth(frames: Tensor, scene: scenes.Scene, motion_bucket: float, fps
     """Frames [t,3,64,64] in [0,1], t > 1, against the clip of t frames that scene, bucket and fps fix."""
     if len(frames) < 2 or frames.shape[1:] != (3, scenes.SIZE, scenes.SIZE):
         raise ValueError(f"frames are {list(frames.shape)}: need [t,3,{scenes.SIZE},{scenes.SIZE}] with t > 1")
+    _check_numbers(frames)
     places = scenes.path(scene, motion_bucket, fps, len(frames))
     truth = torch.from_numpy(scenes.render(scene, places)).float() / 255
     track = scenes.track(frames.float().numpy(), scene)

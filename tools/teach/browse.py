@@ -22,7 +22,7 @@ MOVES = {  # control: what must change when it is moved
     "block": ("#block-shape", "#block-kinds"),
     "map-site": ("#map-said", "#map-asked"),
     "map-step": ("#map-said", "#map-asked"),
-    "map-frame": ("#map-said", "#map-asks", "#map-time"),
+    "map-frame": ("#map-said", "#map-asks", "#map-strip", "#map-time"),
     "map-row": ("#map-said", "#map-asks", "#map-asked"),
     "map-column": ("#map-said", "#map-asks", "#map-asked"),
     "build-frame": ("#build-said", "#build-0", "#off-2"),
@@ -31,7 +31,7 @@ MOVES = {  # control: what must change when it is moved
     "strength": ("#query-said", "#said-two", "#out-two"),
     "second": ("#query-said", "#said-two", "#out-two"),
     "cut": ("#cut-said", "#ledger"),
-    "cost-build": ("#ledger",),
+    "cost-build": ("#cut-said",),
     "cost-model": ("#ledger", "#cut-said"),
 }
 LOOKS = """element => element instanceof HTMLCanvasElement ? element.toDataURL() : element.src || element.innerHTML"""
@@ -90,6 +90,10 @@ def checks(page: Any) -> Iterator[tuple[str, bool]]:
     yield "the pointer chooses a place", "row 1, column 1." in first and first != said
     page.mouse.move(size["x"] + size["width"] - 2, size["y"] + size["height"] - 2)
     yield "and another", page.inner_text("#map-said") != first
+    size = page.locator("#map-strip").bounding_box()
+    page.mouse.move(size["x"] + size["width"] - 2, size["y"] + 2)
+    last = page.get_attribute("#map-frame", "max")
+    yield "over all frames, a frame as well", f"frame {last}, row 1, column " in page.inner_text("#map-said")
 
     blocks = page.locator("#u .block")
     for i in (0, blocks.count() - 1):
@@ -125,34 +129,36 @@ def browse(path: Path, shots: Path | None = None) -> list[tuple[str, bool]]:
     with sync_playwright() as started:
         opened = started.chromium.launch(executable_path=browser, args=QUIET, timeout=PATIENCE)
         for scheme in ("light", "dark"):
-            complaints: list[str] = []
             page = opened.new_context(color_scheme=scheme, viewport={"width": 1180, "height": 900}).new_page()
             page.set_default_timeout(PATIENCE)
-            page.on("pageerror", lambda error, to=complaints: to.append(str(error)))
-            page.on("console", lambda said, to=complaints: to.append(said.text))
-            page.on(
-                "request",
-                lambda asked, to=complaints: asked.url[:5] in ("data:", "file:", "blob:") or to.append(asked.url),
-            )
-            page.goto(path.resolve().as_uri())
-            found += [(f"{scheme}: {name}", holds) for name, holds in checks(page)]
-            contrast = page.evaluate(CONTRAST)
-            found.append(
-                (f"{scheme}: text has a contrast of {contrast:.1f} to its ground, 4.5 or more", contrast >= 4.5)
-            )
-            wide = page.evaluate(TOO_WIDE)
-            found.append((f"{scheme}: nothing is wider than the window {wide}", not wide))
-            if shots is not None:
-                shots.mkdir(parents=True, exist_ok=True)
-                page.screenshot(path=shots / f"{path.stem}-{scheme}.png", full_page=True)
-            page.set_viewport_size({"width": 400, "height": 800})
-            wide = page.evaluate(TOO_WIDE)
-            found.append((f"{scheme}: nor on a telephone {wide}", not wide))
-            if shots is not None:
-                page.screenshot(path=shots / f"{path.stem}-{scheme}-narrow.png", full_page=True)
-            found.append((f"{scheme}: no complaint and no request {complaints}", not complaints))
+            stem = None if shots is None else shots / f"{path.stem}-{scheme}"
+            found += [(f"{scheme}: {name}", holds) for name, holds in looked_at(page, path, stem)]
         opened.close()
     return found
+
+
+def looked_at(page: Any, path: Path, stem: Path | None) -> Iterator[tuple[str, bool]]:
+    """Open `path` in an empty page: all checks, in a wide window and in a narrow one; `stem` begins their pictures."""
+    complaints = []
+
+    def asked(request: Any) -> None:
+        if request.url[:5] not in ("data:", "file:", "blob:"):
+            complaints.append(request.url)
+
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text))
+    page.on("request", asked)
+    page.goto(path.resolve().as_uri())
+    yield from checks(page)
+    contrast = page.evaluate(CONTRAST)
+    yield f"text has a contrast of {contrast:.1f} to its ground, 4.5 or more", contrast >= 4.5
+    for name, size in (("", {"width": 1180, "height": 900}), ("-narrow", {"width": 400, "height": 800})):
+        page.set_viewport_size(size)
+        wide = page.evaluate(TOO_WIDE)
+        yield f"nothing is wider than {size['width']} pixels {wide or ''}", not wide
+        if stem is not None:
+            page.screenshot(path=f"{stem}{name}.png", full_page=True)
+    yield f"no complaint and no request {complaints or ''}", not complaints
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from tools.teach.maps import Seen, attentions, watched, weights
 from tools.teach.pictures import DARK, LIGHT, PAPER_CUT, numbers, shape, sort_of, u
 
 SIDE, CELLS, FRAMES = 128, 16, 25  # the most pixels a side, cells of a map a side, and frames, that a page shows
-MAPS = 1_200_000  # bytes of maps, before they are packed
+MAPS, MAPPED = 1_200_000, 12  # bytes of maps, before they are packed, and of how many steps at most
 SPACE, TIME = "transformer_blocks.0", "temporal_transformer_blocks.0"
 
 
@@ -143,7 +143,10 @@ def costs(config: UNetConfig, frames: int, size: tuple[int, int], steps: int) ->
         return {"macs": cost.macs, "once": cost.once}
 
     full, shared = (unet_cost(config, frames, size, 2, build).macs for build in (PUBLISHED, BUILDS[False]))
-    builds = {repr(vcut): {"two": forward(2, vcut), "one": forward(1, vcut)} for vcut in BUILDS}
+    counts = {vcut: unet_cost(config, frames, size, build=build).parameters for vcut, build in BUILDS.items()}
+    builds = {
+        repr(vcut): {"parameters": counts[vcut], "two": forward(2, vcut), "one": forward(1, vcut)} for vcut in BUILDS
+    }
     return {"steps": steps, "full": full, "shared": shared, "builds": builds}
 
 
@@ -174,7 +177,7 @@ def described(blocks: list[Block]) -> list[dict[str, Any]]:
 def cross_attention(name: str, attention: Attention, x: Tensor, key: Tensor) -> dict[str, Any]:
     """One site with its weights, the tokens [q, c] that ask and the key [c'] that they hear."""
     named = {"to_q": attention.to_q.weight, "to_k": attention.to_k.weight, "to_v": attention.to_v.weight}
-    named |= {"to_out": attention.to_out[0].weight, "bias": attention.to_out[0].bias}
+    named |= {"to_out": attention.get_parameter("to_out.0.weight"), "bias": attention.get_parameter("to_out.0.bias")}
     about = {"name": name, "c": x.shape[-1], "c_key": key.shape[-1], "heads": attention.num_heads}
     tensors: dict[str, Any] = {"key": packed(key, "f32"), "tokens": packed(x, "i16")}
     returned = attention(x[None, :1], key[None, None])[0, 0]
@@ -205,76 +208,81 @@ class Watch:
             self.site = cross_attention(name, attentions(self.unet)[name], tokens, context[-1, 0])
 
 
+@torch.no_grad()
+def steps_shown(svd: StableVideoDiffusion, denoised: list[Tensor], shown: list[int]) -> list[dict[str, Any]]:
+    """The estimate D of each step, decoded, between which levels it led, and how far it is from the last."""
+    levels, given, made = SIGMAS["karras"](len(denoised)).tolist(), svd.generation, []
+    branches = "one branch" if given.guidance == (1.0, 1.0) else "two branches, guided"
+    for i, latents in enumerate(denoised):
+        frames = (svd.vae.decode(latents, given.decode_chunk)[0, shown].float().cpu() + 1) / 2
+        about = {"number": i + 1, "left": f"{levels[i]:.3g}", "reached": f"{levels[i + 1]:.3g}", "branches": branches}
+        away = (latents - denoised[-1]).square().mean().sqrt().item()
+        made.append({**about, "away": f"{away:.3f}", "strip": picture(strip(small(frames.clamp(0, 1))))})
+    return made
+
+
+def maps_shown(watch: "Watch") -> dict[str, Any]:
+    """The maps of all sites, and the place to begin with: that whose final latent differs most from the others."""
+    grids = {b.name: [side // cells(*b.leaves[1:]) for side in b.leaves[1:]] for b in watch.sites}
+    end, outer = watch.denoised[-1][0, 0], cells(*watch.sites[0].leaves[1:])
+    differs = (end - end.mean((1, 2), keepdim=True)).square().sum(0)
+    start = [place // outer for place in divmod(int(differs.argmax()), differs.shape[1])]
+    sites = [{"name": name, "grid": grids[name], "steps": steps} for name, steps in watch.maps.items()]
+    return {"steps": watch.mapped, "start": start, "sites": sites}
+
+
 def gather(
     source: str, image: Path, steps: int | None, seed: int, device: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Run the model; what the page computes with, and what it says."""
     svd = minisvd.load(source, vcut=False, device=device)
-    given, config = svd.generation, svd.unet.config
+    given, config, name = svd.generation, svd.unet.config, Path(source).name
     t, (width, height), n = given.num_frames, given.size, steps or given.steps
-    latent = width // svd.vae.config.factor, height // svd.vae.config.factor
-    name, shown = Path(source).name, some(t, FRAMES)
+    latent, shown = (width // svd.vae.config.factor, height // svd.vae.config.factor), some(t, FRAMES)
     blocks = list(unet_blocks(config, t, latent))
     sites = sites_shown(blocks, len(shown))
-    fit = max(1, MAPS // sum(bytes_of(block, len(shown)) for block in sites))
-    mapped = [i + 1 for i in some(n, min(fit, 12))]
-    watch = Watch(svd.unet, sites, shown, t, mapped)
+    fit = MAPS // sum(bytes_of(block, len(shown)) for block in sites)
+    watch = Watch(svd.unet, sites, shown, t, [i + 1 for i in some(n, min(max(fit, 1), MAPPED))])
     settings: dict[str, Any] = {"steps": n, "seed": seed}
     with watched(svd.unet) as watch.seen:
         first = svd(image, callback=watch, **settings)
-
-    levels, end = SIGMAS["karras"](n).tolist(), watch.denoised[-1]
-    guided = "two branches, guided" if svd.generation.guidance != (1.0, 1.0) else "one branch"
-    said = []
-    for i, denoised in enumerate(watch.denoised):
-        with torch.no_grad():
-            frames = small(((svd.vae.decode(denoised, given.decode_chunk)[0].float().cpu() + 1) / 2).clamp(0, 1)[shown])
-        away = (denoised - end).square().mean().sqrt().item()
-        numbers_ = {"number": i + 1, "left": f"{levels[i]:.3g}", "reached": f"{levels[i + 1]:.3g}", "branches": guided}
-        said.append({**numbers_, "away": f"{away:.3f}", "strip": picture(strip(frames))})
-    h, w = frames.shape[-2:]
-
-    f = cells(*sites[0].leaves[1:])
-    differs = (end[0, 0] - end[0, 0].mean((1, 2), keepdim=True)).square().sum(0)
-    start = divmod(int(differs.argmax()), differs.shape[1])
-    maps = {
-        "steps": mapped,
-        "start": [start[0] // f, start[1] // f],
-        "sites": [
-            {
-                "name": b.name,
-                "grid": [b.leaves[1] // cells(*b.leaves[1:]), b.leaves[2] // cells(*b.leaves[1:])],
-                "steps": watch.maps[b.name],
-            }
-            for b in sites
-        ],
-    }
-    counts = sum(p.numel() for p in svd.unet.parameters())
     builds = []
     for vcut in BUILDS:
         build = StableVideoDiffusion(minisvd.fold(svd.unet, vcut), svd.vae, svd.clip, given)
-        video = first if vcut is False else build(image, **settings)
-        builds.append(built(vcut, video.frames[shown], first.frames[shown]))
+        frames = first.frames if vcut is False else build(image, **settings).frames
+        builds.append(built(vcut, frames[shown], first.frames[shown]))
 
-    title = f"The U of {name}: {t} frames of {width}x{height}, guided"
-    run = run_cost(config, t, latent, n)
-    words = [line[:44].strip() for line in ledger(run).splitlines()[1:]]
+    words = [line[:44].strip() for line in ledger(run_cost(config, t, latent, n)).splitlines()[1:]]
     data = {
-        "frames": t, "shown": shown, "size": [w, h], "fps": first.fps, "cut": PAPER_CUT,
-        "blocks": described(blocks), "steps": said, "maps": maps, "builds": builds, "site": watch.site,
+        "frames": t,
+        "shown": shown,
+        "size": [small(first.frames).shape[-1], small(first.frames).shape[-2]],
+        "fps": first.fps,
+        "cut": PAPER_CUT,
+        "blocks": described(blocks),
+        "steps": steps_shown(svd, watch.denoised, shown),
+        "maps": maps_shown(watch),
+        "builds": builds,
+        "site": watch.site,
         "ledger": list(zip(("full", "by_sharing", "by_build", "by_guidance", "macs"), words, strict=True)),
         "costs": all_costs(name, config, t, latent, n),
-    }  # fmt: skip
-    count = sum(sort_of(block) == "attentions" for block in blocks)
-    about = f"{name} has {counts:,} parameters in its UNet. Of this image it made {t} frames of {width}x{height} pixels"
+    }
+    count = sum(p.numel() for p in svd.unet.parameters())
+    about = f"{name} has {count:,} parameters in its UNet. Of this image it made {t} frames of {width}x{height} pixels"
     made = f"minisvd {minisvd.__version__}, torch {torch.__version__}"
     texts = {
-        "TITLE": escape(f"What {name} does with {image.name}"), "SITES": f"{2 * count}",
+        "TITLE": escape(f"What {name} does with {image.name}"),
         "ABOUT": escape(f"{about} in {n} steps, seed {seed}."),
+        "SITES": f"{2 * sum(sort_of(block) == 'attentions' for block in blocks)}",
         "MADE": escape(f"Made by python -m tools.teach.explain with {made}."),
-        "U": u(config, t, latent, title),
-    }  # fmt: skip
+        "U": drawn_u(config, t, latent, f"The U of {name}: {t} frames of {width}x{height}, guided"),
+    }
     return data, texts
+
+
+def drawn_u(config: UNetConfig, frames: int, size: tuple[int, int], title: str) -> str:
+    """The U as a group, whose blocks can be reached one by one."""
+    return u(config, frames, size, title).replace('role="img"', 'role="group"', 1)
 
 
 def built(vcut: Vcut, frames: Tensor, first: Tensor) -> dict[str, Any]:

@@ -208,28 +208,26 @@ async function drawMaps(data) {
     const space = step.space.subarray((f * s + place) * s, (f * s + place + 1) * s), top = step.space_top[f * s + place];
     const time = step.time.subarray((place * frames + f) * frames, (place * frames + f + 1) * frames), over = step.time_top[place * frames + f];
 
-    for (const [id, overlay] of [["map-asks", false], ["map-asked", true]]) {
-      const canvas = $(id), paint = canvas.getContext("2d");
-      Object.assign(canvas, {width: 4 * w, height: 4 * h});
+    for (const [id, first, count] of [["map-strip", 0, frames], ["map-asks", f, 1], ["map-asked", f, 1]]) {
+      const canvas = $(id), paint = canvas.getContext("2d"), zoom = count === 1 ? 4 : 2;
+      Object.assign(canvas, {width: zoom * count * w, height: zoom * h});
       paint.imageSmoothingEnabled = false;
-      paint.drawImage(strips[at], f * w, 0, w, h, 0, 0, canvas.width, canvas.height);
-      const cw = canvas.width / cols, ch = canvas.height / rows;
-      if (overlay) {
+      paint.drawImage(strips[at], first * w, 0, count * w, h, 0, 0, canvas.width, canvas.height);
+      const cw = zoom * w / cols, ch = zoom * h / rows, left = zoom * w * (f - first) + x * cw;
+      if (id === "map-asked") {
         space.forEach((value, i) => {
           paint.fillStyle = `rgba(${heat(value / 255)}, 0.75)`;
           paint.fillRect((i % cols) * cw, Math.floor(i / cols) * ch, cw, ch);
         });
       }
-      paint.lineWidth = 3;
-      paint.strokeStyle = "#000";
-      paint.strokeRect(x * cw + 1.5, y * ch + 1.5, cw - 3, ch - 3);
-      paint.lineWidth = 1.5;
-      paint.strokeStyle = "#5cf";
-      paint.strokeRect(x * cw + 1.5, y * ch + 1.5, cw - 3, ch - 3);
+      for (const [colour, width] of [["#000", 3], ["#5cf", 1.5]]) {
+        Object.assign(paint, {strokeStyle: colour, lineWidth: width});
+        paint.strokeRect(left + 1.5, y * ch + 1.5, cw - 3, ch - 3);
+      }
     }
     const most = space.indexOf(255), then = time.indexOf(255);
     $("map-time").innerHTML = [...time].map((value, i) =>
-      `<li>${Math.round(100 * value / 255 * over)}<span class="bar" style="height:${(100 * value / 255 * over).toFixed(1)}px"></span>${data.shown[i] + 1}</li>`).join("");
+      `<li><span class="bar" style="height:${(100 * value / 255 * over).toFixed(1)}px"></span>${(100 * value / 255 * over).toFixed(1)}</li>`).join("");
     $("map-said").textContent = `Step ${maps.steps[at]}, frame ${data.shown[f] + 1}, row ${y + 1}, column ${x + 1}. ` +
       `In space it looks most at row ${Math.floor(most / cols) + 1}, column ${most % cols + 1}: ${share(top)}` +
       ` (evenly it would be ${share(1 / s)}). Along time, most at frame ${data.shown[then] + 1}: ${share(over)} (evenly ${share(1 / frames)}).`;
@@ -241,11 +239,12 @@ async function drawMaps(data) {
   const [y, x] = maps.start, [r, c] = maps.sites[0].grid;
   range("map-row", 1, r, y + 1, show);
   range("map-column", 1, c, x + 1, show);
-  for (const id of ["map-asks", "map-asked"]) {
+  for (const [id, count] of [["map-strip", frames], ["map-asks", 1], ["map-asked", 1]]) {
     $(id).addEventListener("pointermove", event => {
-      const box = $(id).getBoundingClientRect();
+      const box = $(id).getBoundingClientRect(), over = count * (event.clientX - box.left) / box.width;
+      if (count > 1) $("map-frame").value = 1 + Math.floor(over);
       $("map-row").value = 1 + Math.floor(rows * (event.clientY - box.top) / box.height);
-      $("map-column").value = 1 + Math.floor(cols * (event.clientX - box.left) / box.width);
+      $("map-column").value = 1 + Math.floor(cols * (over - Math.floor(over)));
       show();
     });
   }
@@ -336,7 +335,8 @@ function drawLedger(data) {
     $("ledger").innerHTML = lines.map(([words, macs, whole]) => `<tr><th scope="row">${words}</th>` +
       `<td>${whole ? "" : macs > 0 ? "−" : ""}${counted(Math.abs(macs))}</td><td>${share(macs / run.full)}</td>` +
       `<td class="wide"><span class="bar ${whole ? "whole" : "saved"}" style="width:${(100 * Math.max(0, macs) / run.full).toFixed(2)}%"></span></td></tr>`).join("");
-    $("cut-said").textContent = c > costs.steps ? `no cut: ${run.guided} guided steps` : `c = ${c}: ${run.guided} guided steps, then ${run.single} on one branch`;
+    const count = costs.builds[$("cost-build").value].parameters.toLocaleString("en");
+    $("cut-said").textContent = `${count} parameters; ` + (c > costs.steps ? `no cut: ${run.guided} guided steps` : `c = ${c}: ${run.guided} guided steps, then ${run.single} on one branch`);
   }
   range("cut", 1, 2, 1, show);
   function choose() {

@@ -114,7 +114,10 @@ outputs: dict[str, Tensor] = {}
 
 
 def keep(name: str, module: nn.Module) -> None:
-    module.register_forward_hook(lambda _module, _given, out: outputs.update({name: out}))
+    def note(_module: nn.Module, _given: tuple[Tensor, ...], out: Tensor) -> None:
+        outputs[name] = out
+
+    module.register_forward_hook(note)
 
 
 for block in blocks:

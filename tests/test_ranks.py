@@ -1,0 +1,116 @@
+"""Theorem: what torchrun's processes make together is what one makes alone, each video once; and one that is killed
+takes none of those along that were finished.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minisvd
+from test_cli import FAST
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ["--seeds", "0-2", "--name-template", "{stem}-{seed}.gif", *FAST]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TOGETHER = """
+import os, signal, sys, time
+from pathlib import Path
+from minisvd import StableVideoDiffusion
+from minisvd.__main__ import main
+
+rank, world, call = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), StableVideoDiffusion.__call__
+
+def together(*args, **settings):  # the first video of each begins when all have one to begin
+    Path(f"began-{rank}").touch()
+    while len(list(Path().glob("began-*"))) < world:
+        time.sleep(0.05)
+    if Path("kill").exists() and rank == "1":
+        while not list(Path("out").glob("*.json")):  # until another has finished one
+            time.sleep(0.05)
+        Path("kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(*args, **settings)
+
+StableVideoDiffusion.__call__ = together
+sys.exit(main())
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of two pictures of noise, and two empty ones."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "out", "alone"):
+        Path(name).mkdir()
+    generator = np.random.default_rng(0)
+    for name in "ab":
+        Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(f"photos/{name}.png")
+    Path("together.py").write_text(TOGETHER)
+
+
+def run(tiny_folder: Path, out: str, *program: str) -> subprocess.CompletedProcess:
+    argv = ["generate", "photos", "-o", out, "--model", str(tiny_folder), *SETTINGS]
+    environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program, *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def videos(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.gif")}
+
+
+def ranks(folder: str) -> list[int]:
+    return [json.loads(path.read_text())["rank"] for path in Path(folder).glob("*.json")]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_make_what_one_process_makes(tiny_folder: Path, world: int) -> None:
+    """Bit for bit, every rank a part, no video twice, the rest skipped; one summary, of all. A bad image: status 1."""
+    alone = run(tiny_folder, "alone", "-m", "minisvd")
+    assert alone.returncode == 0, alone.stderr
+    done = run(tiny_folder, "out", *TORCHRUN, str(world), "together.py")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == sorted(f"out/{name}" for name in videos("alone"))
+    assert videos("out") == videos("alone")
+    assert set(ranks("out")) == set(range(world))
+    assert set(ranks("alone")) == {0}  # control
+    assert done.stderr.count("minisvd: ") == 1
+    assert "minisvd: of 6 videos 6 made" in done.stderr
+
+    Path("out/a-1.gif").unlink()
+    Path("photos/c.png").write_text("no image")
+    done = run(tiny_folder, "out", *TORCHRUN, str(world), "-m", "minisvd")
+    assert done.returncode == 1
+    assert done.stdout == "out/a-1.gif\n"
+    assert "minisvd: of 9 videos 3 failed, 1 made, 5 skipped, finished with the same settings" in done.stderr
+    assert videos("out") == videos("alone")
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_dies_loses_nothing_that_was_finished(tiny_folder: Path, restarts: int) -> None:
+    """Killed with a job in hand: what others finished stays, whole, and a rerun makes the rest; with --max-restarts 1
+    torchrun does that by itself.
+    """
+    Path("kill").touch()
+    done = run(tiny_folder, "out", *TORCHRUN, "3", f"--max-restarts={restarts}", "together.py")
+    assert not Path("kill").exists()
+    assert (done.returncode == 0) == bool(restarts), done.stderr
+    kept = len(list(Path("out").glob("*.json")))
+    if not restarts:
+        assert 1 <= kept < 6
+        done = run(tiny_folder, "out", "-m", "minisvd")
+        assert done.returncode == 0
+        assert f"{kept} skipped, finished with the same settings" in done.stderr
+        assert len(done.stdout.split()) == 6 - kept
+    assert "skipped, finished with the same settings" in done.stderr
+    assert run(tiny_folder, "alone", "-m", "minisvd").returncode == 0
+    assert videos("out") == videos("alone")
+    assert sorted(path.suffix for path in Path("out").iterdir()) == [".gif"] * 6 + [".json"] * 6
