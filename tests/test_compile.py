@@ -35,7 +35,8 @@ def test_one_graph_for_guided_steps_and_one_for_single_ones(tiny_folder: Path, e
     assert (frames - plain).abs().max() <= 1e-4
     svd(image + 0.5, seed=1, **QUICK)
     assert graphs() - before == 2
-    svd(image, **QUICK | {"num_frames": 3, "steps": 1})  # control
+    more: dict[str, Any] = {"num_frames": 3, "steps": 1}
+    svd(image, **(QUICK | more))  # control
     assert graphs() - before > 2
 
 
