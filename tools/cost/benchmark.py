@@ -192,7 +192,7 @@ def decode_forwards(setting: Setting) -> Forwards:
         return lambda: ours.decode(latents, chunk, hold)[0]
 
     default, z = GenerationConfig.decode_chunk, latents[0] / ours.config.scaling_factor
-    settings: list[tuple[int, Hold]] = [(chunk, "two") for chunk in dict.fromkeys((default, 1, 8, setting.frames))]
+    settings: list[tuple[int, Any]] = [(chunk, "two") for chunk in dict.fromkeys((default, 1, 8, setting.frames))]
     settings += [(default, "one"), (1, "host")]
     forwards = {"diffusers": lambda: theirs.decode(z, setting.frames, return_dict=False)[0]}
     return forwards | {f"minisvd, chunk {chunk}, hold {hold}": decode(chunk, hold) for chunk, hold in settings}
