@@ -231,7 +231,9 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     from .pipeline import load
 
     device, dtype = place(args)
-    chosen = {name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")}
+    chosen: dict[str, Any] = {
+        name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")
+    }
     svd = load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
     return svd.compile() if getattr(args, "compile", False) else svd
 

@@ -44,21 +44,23 @@ def sliced(unet: SpatioTemporalUNet, slices: int) -> SpatioTemporalUNet:
     return unet
 
 
-def peaks(configs: Mapping[str, Any], generation: GenerationConfig, size: int, branches: int = 2) -> Iterator[int]:
+def peaks(
+    configs: Mapping[str, Any], generation: GenerationConfig, size: int, branches: int = 2, rows: int = 1
+) -> Iterator[int]:
     """Bytes on the device at most under each of ECONOMIES: weights, and so many times the widest activation.
 
     How many was counted on the released networks by `tools.cost.memory`, which says what it leaves out. `size` is that
-    of a number, in bytes; `branches` is 1 for a run without guidance.
+    of a number, in bytes; `branches` is 1 for a run without guidance, `rows` the batch's.
     """
     with torch.device("meta"):
         clip = ImageEncoder(configs.get("clip", ClipConfig()))
         parts = clip, AutoencoderKLTemporalDecoder(configs["vae"]), SpatioTemporalUNet(configs["unet"])
     clip, vae, unet = (size * sum(p.numel() for p in part.parameters()) for part in parts)
     t, chunk, pixels = generation.num_frames, generation.decode_chunk, generation.size[0] * generation.size[1]
-    frame = size * pixels * configs["vae"].block_out_channels[0]
+    frame = rows * size * pixels * configs["vae"].block_out_channels[0]
     tokens = size * t * pixels // configs["vae"].factor ** 2 * configs["unet"].block_out_channels[0]
     for _, slices, hold, visiting, in_turn in ECONOMIES:
-        step = (25.1 if slices == 1 else 16.1) * (1 if in_turn else branches) * tokens
+        step = (25.1 if slices == 1 else 16.1) * (1 if in_turn else branches * rows) * tokens
         held = {"two": 2, "one": 1, "host": 0}[hold] * t
         decode = max(min(held, t) + 5.3 * chunk, held + 2.2) * frame
         encode = 4 * (5 * frame + 0.35 * vae) / size  # in float32
@@ -74,14 +76,14 @@ def room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) if device.type == "cuda" else None
 
 
-def settle(svd: StableVideoDiffusion, used: Mapping[str, Any]) -> str:
+def settle(svd: StableVideoDiffusion, used: Mapping[str, Any], rows: int = 1) -> str:
     """Give a model the gentlest economy that fits on its device for the settings in use; a line on it, if it saves."""
     if (has := room(svd.device)) is None:
         return ""
     generation = GenerationConfig(**{name: used[name] for name in vars(svd.generation)})
     branches = 1 if used["cut_step"] == 1 or set(generation.guidance) == {1} else 2
     configs = {part: getattr(svd, part).config for part in ("unet", "vae", "clip")}
-    economy, line = fitting(peaks(configs, generation, svd.vae.quant_conv.weight.itemsize, branches), has)
+    economy, line = fitting(peaks(configs, generation, svd.vae.quant_conv.weight.itemsize, branches, rows), has)
     svd.economise(economy)
     return line
 

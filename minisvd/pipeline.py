@@ -339,8 +339,10 @@ class RowByRow:
     def condition(self, image_embeds: Tensor) -> list[Any]:
         return [self.unet.condition(row) for row in image_embeds.split(1)]
 
-    def __call__(self, sample: Tensor, c_noise: Tensor, embeds: Tensor, ids: Tensor, conditions: Any) -> Tensor:
-        rows = zip(sample.split(1), embeds.split(1), ids.split(1), conditions, strict=True)
+    def __call__(
+        self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Any
+    ) -> Tensor:
+        rows = zip(*(each.split(1) for each in (sample, image_embeds, added_time_ids)), conditions, strict=True)
         return torch.cat([self.unet(row, c_noise, *others) for row, *others in rows])
 
 

@@ -104,7 +104,7 @@ def make(
     strange = [job["image"] for job, _, image in ready if svd.ships and svd.familiarity(image) < FAMILIAR]
     if strange and store.add("strange", 1) == 1:
         tell(f"minisvd: {strange[0]} {STRANGE}")
-    line = "" if args.low_memory else settle(svd, ready[0][0]["settings"])
+    line = "" if args.low_memory else settle(svd, ready[0][0]["settings"], len(ready))
     if line and store.add(line, 1) == 1:
         tell(f"minisvd: {line}")
     settings = ready[0][0]["settings"] | {name: [used[name] for _, used, _ in ready] for name in PER_IMAGE}
