@@ -14,6 +14,7 @@ Vcut = Literal[False, True, "lossless"]
 Stage2 = Literal["mean", "cond", "uncond"]  # the share of the embedding in stage two: half, all, none
 Schedule = Literal["karras", "ays"]  # of the noise levels: EDM's formula, or the ten that were optimised for SVD
 Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape gets to the model's
+Size = tuple[int, int]  # (width, height)
 
 VCUT: dict[str, Vcut] = {"off": False, "on": True, "lossless": "lossless"}  # as the command line spells it
 DTYPES = ("float32", "float16", "bfloat16")  # that a model runs in

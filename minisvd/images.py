@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import check, shown
+from .config import Size, check, shown
 
 Image.init()
 RASTER = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS = [name for name in RASTER if name in Image.OPEN]  # not PostScript, which Pillow has another program read
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
-Size = tuple[int, int]
 
 
 def load_image(image: ImageLike, size: Size, fit: str = "crop", background: str | tuple[int, ...] = "white") -> Tensor:
