@@ -25,21 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import folder
 from .clip import ImageEncoder
 from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, shown
-from .folder import (
-    CONFIG_FILES,
-    GENERATION_FILE,
-    PARTS,
-    PICKLES,
-    PREPROCESSOR_FILE,
-    check_together,
-    choose,
-    list_folder,
-    pickle_refusal,
-    read_config,
-    read_generation,
-)
 from .layouts import DROPPED, FOLDER, OWNED, SINGLE_FILE, Join, rules, sources
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder
@@ -63,8 +51,8 @@ class Entry(NamedTuple):
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, none of them read. Raises ValueError for any other or broken file."""
-    if path.suffix in PICKLES:
-        raise ValueError(pickle_refusal(path))
+    if path.suffix in folder.PICKLES:
+        raise ValueError(folder.pickle_refusal(path))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file, the only format that is read")
     with open(path, "rb") as file:
@@ -117,13 +105,9 @@ class Checkpoint:
     generation: GenerationConfig
 
     def load(
-        self,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
-        vcut: Vcut | None = None,
-        copy: bool = False,
-    ) -> dict[str, Any]:
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32,
+        vcut: Vcut | None = None, copy: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
         """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
 
         `vcut` is the UNet's build, None that of its config. From attention to `CachedCondLinear` each weight is folded,
@@ -255,14 +239,9 @@ def some(names: list[str]) -> str:
 
 
 def resolve(
-    source: str | Path,
-    *,
-    parts: Sequence[str] = PARTS,
-    configs: Mapping[str, Any] | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-) -> Checkpoint:
+    source: str | Path, *, parts: Sequence[str] = folder.PARTS, configs: Mapping[str, Any] | None = None,
+    variant: str | None = None, revision: str | None = None, offline: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Find the weights of `parts`, download them if need be, and check their headers and configs.
 
     `source` is, tried in this order: a preset ("tiny", "svd", "svd-xt", "svd-xt-1-1"; a folder of that name is ./tiny);
@@ -285,26 +264,22 @@ def resolve(
     elif revision is not None:
         raise ValueError(f"revision {revision!r} is for a hub id, but {path} is local: leave it out")
     if path.is_dir():
-        inside = "unet/" if is_unet_folder(path) and list(parts) == ["unet"] else ""  # where its files would be
-        names = choose([inside + name for name in list_folder(path)], parts, variant, str(path))
+        alone = (path / "config.json").is_file() and not (path / folder.CONFIG_FILES["unet"]).is_file()
+        inside = "unet/" if alone and list(parts) == ["unet"] else ""  # where the files of a `unet/` folder would be
+        names = folder.choose([inside + name for name in folder.list_folder(path)], parts, variant, str(path))
         layout, files = FOLDER, {part: path / name.removeprefix(inside) for part, name in names.items()}
-        stated = {part: CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
-        configs |= {part: read_config(part, path, name) for part, name in stated.items()}
-        generation = read_generation(path, released)
+        stated = {part: folder.CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
+        configs |= {part: folder.read_config(part, path, name) for part, name in stated.items()}
+        generation = folder.read_generation(path, released)
     elif variant is not None:
         raise ValueError(f"variant {variant!r} chooses among a folder's files, but {path} is a file: leave it out")
     else:
         layout, files = SINGLE_FILE, dict.fromkeys(parts, path)
         configs = {part: configs.get(part, RELEASED[part]) for part in parts}
         generation = XT if "xt" in path.name.lower() else GenerationConfig()
-    check_together(configs)
+    folder.check_together(configs)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
-
-
-def is_unet_folder(path: Path) -> bool:
-    """Is this a `unet/` folder by itself?"""
-    return (path / "config.json").is_file() and not (path / CONFIG_FILES["unet"]).is_file()
 
 
 def locate(source: str | Path) -> Path | None:
@@ -323,14 +298,13 @@ def locate(source: str | Path) -> Path | None:
             if place.is_dir():
                 return place
         raise FileNotFoundError(f"the weights of tiny, weights/tiny, are neither in nor beside {package}: reinstall")
-    if isinstance(source, Path) or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", *PICKLES):
+    if isinstance(source, Path) or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", *folder.PICKLES):
         raise FileNotFoundError(f"there is no file or folder {name}: check the path")
     if name not in PRESETS and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         names = ["tiny", *PRESETS]
         hint = "".join(f"did you mean {close!r}? Else " for close in get_close_matches(name, names, n=1))
-        raise ValueError(
-            f"unknown model {name!r}: {hint}give one of {', '.join(names)}, a path, or a hub id owner/name"
-        )
+        hint += f"give one of {', '.join(names)}, a path, or a hub id owner/name"
+        raise ValueError(f"unknown model {name!r}: {hint}")
     return None
 
 
@@ -339,9 +313,9 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download  # slow to import
 
     page, names, said = f"{constants.ENDPOINT}/{hub_id}", [], ""
-    meant = hub_id in [preset.source for preset in PRESETS.values()]
-    or_path = "" if meant else f"; if {hub_id} is a path, there is nothing there"
-    patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
+    preset = any(hub_id == preset.source for preset in PRESETS.values())
+    or_path = "" if preset else f"; if {hub_id} is a path, there is nothing there"
+    patterns = [*folder.CONFIG_FILES.values(), folder.PREPROCESSOR_FILE, folder.GENERATION_FILE]
     try:
         try:
             if not offline:
@@ -352,23 +326,20 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
         except Exception as error:  # no connection, in the words of whichever HTTP library the hub's client uses
             said = f" ({shown_error(error)})"
         if names:
-            patterns += choose(names, parts, variant, hub_id).values()
+            patterns += folder.choose(names, parts, variant, hub_id).values()
         for name in [name for name in names if name in patterns] or names[:1]:  # one by one, each with a time limit
             hf_hub_download(hub_id, name, revision=revision)
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
     except errors.GatedRepoError as error:
         raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{page} does not exist or is private: check the name, or run `hf auth login`{or_path}"
-        ) from error
+        remedy = f"check the name, or run `hf auth login`{or_path}"
+        raise ValueError(f"{page} does not exist or is private: {remedy}") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
     except errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline"
-            f"{or_path}{said}"
-        ) from error
+        remedy = f"run once with {constants.ENDPOINT} in reach, not offline{or_path}{said}"
+        raise FileNotFoundError(f"{hub_id} is not in the local cache: {remedy}") from error
     except (ValueError, FileNotFoundError):  # what is there cannot be used
         raise
     except Exception as error:
@@ -382,17 +353,10 @@ def shown_error(error: Exception) -> str:
 
 
 def load_unet(
-    source: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str = torch.float32,
-    config: UNetConfig | None = None,
-    vcut: Vcut | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-    copy: bool = False,
-) -> SpatioTemporalUNet:
+    source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32,
+    config: UNetConfig | None = None, vcut: Vcut | None = None,
+    variant: str | None = None, revision: str | None = None, offline: bool = False, copy: bool = False,
+) -> SpatioTemporalUNet:  # fmt: skip
     """The UNet alone, in eval mode; of a hub id only the UNet is downloaded. Arguments and errors as for `resolve`.
 
     `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build and

@@ -26,11 +26,9 @@ FIXED = {  # fields that may be stated, with the one value that these modules ha
 IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size
     "unet": ("num_frames", "sample_size"),
     "vae": ("force_upcast", "sample_size"),
-    "clip": (
-        *("architectures", "attention_dropout", "dropout", "dtype"),
-        *("initializer_factor", "initializer_range", "torch_dtype", "transformers_version"),
-    ),
-}
+    "clip": ("architectures", "attention_dropout", "dropout", "dtype", "initializer_factor", "initializer_range",
+             "torch_dtype", "transformers_version"),
+}  # fmt: skip
 
 
 def pickle_refusal(path: str | Path) -> str:
@@ -106,9 +104,8 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
     config = as_config(UNetConfig, {**stated, **ours} | ({"cross_attention_dim": 1} if constant else {}), "unet")
     dim = config.addition_time_embed_dim
     if type(ids_width) is not int or ids_width < 1 or ids_width % dim:
-        raise ValueError(
-            f"projection_class_embeddings_input_dim is {ids_width}; need a multiple of addition_time_embed_dim, {dim}"
-        )
+        need = f"need a multiple of addition_time_embed_dim, {dim}"
+        raise ValueError(f"projection_class_embeddings_input_dim is {ids_width}; {need}")
     c_context = 0 if constant else config.cross_attention_dim
     return replace(config, vcut=vcut, num_time_ids=ids_width // dim, cross_attention_dim=c_context)
 
