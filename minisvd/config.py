@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+# What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere
 Vcut = Literal[False, True, "lossless"]
-"""What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere."""
 Stage2 = Literal["mean", "cond", "uncond"]  # the share of the embedding in stage two: half, all, none
 Schedule = Literal["karras", "ays"]  # of the noise levels: EDM's formula, or the ten that were optimised for SVD
 Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape gets to the model's
@@ -109,9 +109,8 @@ def check(name: str, value: Any) -> Any:
 
 def check_widths(widths: tuple[int, ...]) -> None:
     if not 1 <= len(widths) <= 8 or any(WIDTH.check("block_out_channels", w) % NUM_GROUPS for w in widths):
-        raise ValueError(
-            f"block_out_channels is {shown(widths)}; need up to 8 multiples of {NUM_GROUPS} (GroupNorm's groups)"
-        )
+        need = f"up to 8 multiples of {NUM_GROUPS} (GroupNorm's groups)"
+        raise ValueError(f"block_out_channels is {shown(widths)}; need {need}")
 
 
 def check_vcut(vcut: object) -> None:
@@ -170,10 +169,8 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The image encoder and temporal decoder, 97,742,847 parameters as released (`vae/config.json`).
-
-    Raises ValueError for a field that no such VAE can have.
-    """
+    """The image encoder and temporal decoder, 97,742,847 parameters as released (`vae/config.json`). Raises ValueError
+    for a field that no such VAE can have."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     latent_channels: int = 4

@@ -98,11 +98,8 @@ class Video:
             data = base64.b64encode(self.save(Path(temporary) / "video.mp4").read_bytes()).decode()
         h, w = self.frames.shape[-2:]
         factor = max(1, NOTEBOOK_PIXELS // max(h, w))
-        style = ' style="image-rendering: pixelated"' if factor > 1 else ""
-        return (
-            f'<video controls loop autoplay muted playsinline width="{w * factor}" height="{h * factor}"{style} '
-            f'src="data:video/mp4;base64,{data}"></video>'
-        )
+        size = f'width="{w * factor}" height="{h * factor}"' + ' style="image-rendering: pixelated"' * (factor > 1)
+        return f'<video controls loop autoplay muted playsinline {size} src="data:video/mp4;base64,{data}"></video>'
 
 
 @contextmanager
