@@ -30,8 +30,7 @@ KINDS = (  # what a site is there for; a norm belongs to the kind that it comes 
 class Build:
     """What stands at the cross-attentions in space (SCA) and along time (TCA): "attention", "linear" (a
     CachedCondLinear, outside of the step) or "none". `repeated`: noise level, frame number and image are projected anew
-    for every frame, and for TCA every place, that they serve, as diffusers does; minisvd does so once for each video.
-    """
+    for every frame, and for TCA every place, that they serve, as diffusers does; minisvd projects them once a video."""
 
     sca: str
     tca: str
@@ -104,9 +103,7 @@ def by_kind(sites: Iterable[Site]) -> dict[str, Cost]:
 @dataclass(frozen=True)
 class RunCost:
     """MACs of the UNet in one sampling run, and where the rest went: full = by_sharing + by_build + by_guidance + macs.
-
-    A folded attention costs nothing in a step, so the build True saves hardly more work than "lossless".
-    """
+    A folded attention costs nothing in a step, so the build True saves hardly more work than "lossless"."""
 
     guided: int
     single: int
@@ -169,11 +166,9 @@ def drawn_in(text: str, encoding: str) -> str:
 
 
 def tree(blocks: Iterable[Block]) -> str:
-    """The U as it runs, a line for each block: skips as brackets on the left, depth as indentation.
-
-    Channels are those that enter, + the skip's, → those that leave; h x w is the grid that leaves, of each frame; G is
-    10^9 MACs of one forward.
-    """
+    """The U as it runs, a line for each block: skips as brackets on the left, depth as indentation. Channels are those
+    that enter, + the skip's, → those that leave; h x w is the grid that leaves, of each frame; G is 10^9 MACs of one
+    forward."""
     blocks = list(blocks)
     names = list(under_heads(block.name for block in blocks))
     width, held = sum(block.keeps for block in blocks), 0

@@ -75,10 +75,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_tensor(file: BufferedReader, entry: Entry, pages: mmap | None = None) -> Tensor:
-    """The file's own `pages`, if given and aligned; else read into memory of its own.
-
-    What is to be converted is better read: mapped, every page of it would count until the mapping's end.
-    """
+    """The file's own `pages`, if given and aligned; else read into memory of its own. What is to be converted is better
+    read: mapped, every page of it would count until the mapping's end."""
     dtype, size = DTYPES[entry.dtype], entry.stop - entry.start
     if pages is not None and size and entry.start % dtype.itemsize == 0:
         buffer = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=entry.start)
@@ -91,11 +89,9 @@ def read_tensor(file: BufferedReader, entry: Entry, pages: mmap | None = None) -
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights that were found and whose headers are sound; nothing is read yet.
-
-    `layout` is "folder" or "single file"; `path` is that folder or file; `files` and `configs` have one entry per
-    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model.
-    """
+    """Weights that were found and whose headers are sound; nothing is read yet. `layout` is "folder" or "single file";
+    `path` is that folder or file; `files` and `configs` have one entry per part asked for ("unet", "vae", "clip");
+    `generation` is what a call leaves to the model."""
 
     layout: str
     path: Path
@@ -157,10 +153,8 @@ class Checkpoint:
 
     def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
         """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
-
-        The file must hold the whole of its own build; a folded UNet leaves out just what has no effect on it.
-        Raises ValueError naming the first tensor that is missing, unknown, of an unreadable dtype or misshapen.
-        """
+        The file must hold the whole of its own build; a folded UNet leaves out just what has no effect on it. Raises
+        ValueError naming the first tensor that is missing, unknown, of an unreadable dtype or misshapen."""
         where, header = self.files[part], self.headers[part]
         layout, config = self.layout, self.configs[part]
         fold = isinstance(module, SpatioTemporalUNet) and config.vcut is False and module.config.vcut is not False
@@ -192,11 +186,9 @@ class Checkpoint:
 
 
 def checked_dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    """The dtype of a name such as "float16", or that dtype. Raises ValueError unless it has fractions.
-
-    "auto": float16 on cuda; bfloat16 on a CPU that multiplies it (AVX-512 BF16 or AMX); else float32. Products are then
-    several times as fast, and the small model's frames 56 dB (PSNR) from those in float32.
-    """
+    """The dtype of a name such as "float16", or that dtype. Raises ValueError unless it has fractions. "auto": float16
+    on cuda; bfloat16 on a CPU that multiplies it (AVX-512 BF16 or AMX); else float32. Products are then several times
+    as fast, and the small model's frames 56 dB (PSNR) from those in float32."""
     if dtype == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         dtype = {"cuda": torch.float16, "cpu": torch.bfloat16 if fast else torch.float32}.get(device.type, "float32")
@@ -358,10 +350,8 @@ def load_unet(
     variant: str | None = None, revision: str | None = None, offline: bool = False, copy: bool = False,
 ) -> SpatioTemporalUNet:  # fmt: skip
     """The UNet alone, in eval mode; of a hub id only the UNet is downloaded. Arguments and errors as for `resolve`.
-
-    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build and
-    `copy` keeps no file mapped, as for `Checkpoint.load`.
-    """
+    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build and `copy`
+    keeps no file mapped, as for `Checkpoint.load`."""
     configs = {"unet": config} if config else None
     found = resolve(source, parts=["unet"], configs=configs, variant=variant, revision=revision, offline=offline)
     return found.load(device=device, dtype=dtype, vcut=vcut, copy=copy)["unet"]

@@ -189,11 +189,9 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The CLIP vision tower, ViT-H/14 as released (`image_encoder/config.json`).
-
-    Lengths in pixels: `image_size` and `patch_size`. `mean` and `std` are those CLIP was trained with.
-    Raises ValueError for a field that no such tower can have.
-    """
+    """The CLIP vision tower, ViT-H/14 as released (`image_encoder/config.json`). Lengths in pixels: `image_size` and
+    `patch_size`. `mean` and `std` are those CLIP was trained with. Raises ValueError for a field that no such tower can
+    have."""
 
     hidden_size: int = 1280
     num_hidden_layers: int = 32
@@ -223,11 +221,9 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a call leaves to the model: frames, steps, guidance (min, max), size (width, height) in pixels, and how
-    many frames the decoder has in work at a time.
-
-    A folder may state its own in `generation_config.json`, with these field names. Raises ValueError as `check` does.
-    """
+    """What a call leaves to the model: frames, steps, guidance (min, max), size (width, height) in pixels, and how many
+    frames the decoder has in work at a time. A folder may state its own in `generation_config.json`, with these field
+    names. Raises ValueError as `check` does."""
 
     num_frames: int = 14
     steps: int = 25

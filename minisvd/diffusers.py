@@ -86,11 +86,9 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, added_time_ids: Tensor,
         return_dict: bool = True,
     ) -> UNetSpatioTemporalConditionOutput | tuple[Tensor]:  # fmt: skip
-        """F as `.sample` or [0]; timestep is c_noise = 0.25 ln sigma, a number, 0-d or [b].
-
-        encoder_hidden_states is [b,1,c'], or [b*t,1,c'] where each frame has a key of its own.
-        Raises ValueError for sides that are no multiples of the network's stride, and for keys of another number.
-        """
+        """F as `.sample` or [0]; timestep is c_noise = 0.25 ln sigma, a number, 0-d or [b]. encoder_hidden_states is
+        [b,1,c'], or [b*t,1,c'] where each frame has a key of its own. Raises ValueError for sides that are no multiples
+        of the network's stride, and for keys of another number."""
         (b, t), keys = sample.shape[:2], encoder_hidden_states
         if len(keys) not in (b, b * t):
             need = f"need one row a video, {b}, or a frame, {b * t}"

@@ -140,13 +140,9 @@ def typed(field: Any, value: Any) -> Any:
     """A JSON value as the field of a config has it: lists become tuples. Raises ValueError for any other kind."""
     default = field.default if isinstance(field.default, tuple) else (field.default,)
     values, kind = value if isinstance(field.default, tuple) else [value], type(default[0])
-    any_length = get_args(field.type)[-1:] == (...,)
-    if (
-        not isinstance(values, list)
-        or not (any_length or len(values) == len(default))
-        or any(type(v) is not kind and not (kind is float and type(v) is int) for v in values)
-        or (kind is int and min(values, default=1) < 1)
-    ):
+    any_length, kinds = get_args(field.type)[-1:] == (...,), {kind, int} if kind is float else {kind}
+    fits = isinstance(values, list) and all(type(v) in kinds for v in values)
+    if not fits or not (any_length or len(values) == len(default)) or (kind is int and min(values, default=1) < 1):
         raise ValueError(f"{field.name} is {shown(value)}; need a value such as {field.default!r}")
     return tuple(kind(v) for v in values) if isinstance(field.default, tuple) else kind(value)
 
@@ -168,11 +164,9 @@ def read_generation(folder: Path, released: GenerationConfig | None) -> Generati
 
 
 def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any], GenerationConfig]:
-    """The configs of "unet" and "vae", and the settings, of a source whose weights are not needed.
-
-    A preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
-    which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
-    """
+    """The configs of "unet" and "vae", and the settings, of a source whose weights are not needed. A preset's are
+    known. Of a hub id only the config.json files are downloaded; of a single file the header is read, which has to be
+    that of the released UNet. Raises FileNotFoundError or ValueError for a source without them."""
     if source in PRESETS:
         return {"unet": UNetConfig(), "vae": VAEConfig()}, PRESETS[source].generation
     from .checkpoint import download, locate, resolve  # and with it torch, which a preset does not need

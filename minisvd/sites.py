@@ -215,9 +215,7 @@ def small_inputs(model: nn.Module, keys: int) -> dict[str, Any]:
 def load_any(source: str, **options: Any) -> tuple[Any, int]:
     """A UNet, and how many keys it hears: ours by `load_unet`, with its options; that of a folder of another
     architecture by diffusers, which is imported only then, with as many keys as the folder's text encoder gives, or 1.
-
-    Raises ValueError where diffusers is missing or has no such class, and what `load_unet` raises.
-    """
+    Raises ValueError where diffusers is missing or has no such class, and what `load_unet` raises."""
     folder = Path(source).expanduser()
     inside = folder / "unet" if (folder / "unet/config.json").is_file() else folder
     stated = inside / "config.json"
@@ -247,9 +245,7 @@ def cross_attentions(unet: nn.Module) -> dict[str, Attention]:
 
 def dead_names(unet: nn.Module) -> set[str]:
     """Parameters that no gradient can reach while each attn2 hears one key: its queries and keys, and the norm before.
-
-    Leave them out of what is trained and of what gets a LoRA; an optimiser's weight decay would still move them.
-    """
+    Leave them out of what is trained and of what gets a LoRA; an optimiser's weight decay would still move them."""
     sites = cross_attentions(unet)
     projections = {f"{site}.{name}.weight" for site in sites for name in ("to_q", "to_k")}
     return projections | {f"{site[:-5]}norm2.{name}" for site in sites for name in ("weight", "bias")}

@@ -110,14 +110,9 @@ def html(report: str) -> str:
 
 
 def check(
-    attend: Attend,
-    x: Tensor,
-    context: Tensor,
-    module: nn.Module | None = None,
-    *,
-    control: bool = True,
-    tolerance: float | None = None,
-) -> Report:
+    attend: Attend, x: Tensor, context: Tensor, module: nn.Module | None = None, *,
+    control: bool = True, tolerance: float | None = None,
+) -> Report:  # fmt: skip
     """Every measure below of attend(x, context), with its keys and with one more.
 
     Dead parameters are looked for in `module`, by default `attend` itself if it is one, or that of which it is a
@@ -176,10 +171,8 @@ def query_effect(attend: Attend, x: Tensor, context: Tensor) -> float:
 
 def context_effect(attend: Attend, x: Tensor, context: Tensor) -> tuple[float, float]:
     """How far the output moves as the context is redrawn, and how far it is from affine in it, relative to its terms.
-
     Affine: f((1-a) c + a c') = (1-a) f(c) + a f(c'), here for a in (-1, 1/2, 2) and redrawn c'. Keys that are all the
-    same stay so: a copy of one key is no key of its own.
-    """
+    same stay so: a copy of one key is no key of its own."""
     out, redraw, moved, defect, magnitude = attend(x, context).detach(), Redraw(), 0.0, 0.0, 0.0
     own = context[:, :1] if torch.equal(context, context[:, :1].expand_as(context)) else context
     with torch.no_grad():
@@ -197,12 +190,9 @@ def dead_parameters(
     attend: Attend, x: Tensor, context: Tensor, module: nn.Module, *, tolerance: float = 0.0
 ) -> dict[str, int]:
     """What has no gradient AND no influence, name -> how many numbers: parameters, or rows of them, as name[64:128],
-    such as the keys of a packed projection.
-
-    Rows without gradient (up to `tolerance` of the steepest) are redrawn, the others staying as they are, and restored,
-    bit for bit; dead if the output does not move (up to `tolerance` of it). At zero weights more is dead than in
-    general: behind a zero to_out, all.
-    """
+    such as the keys of a packed projection. Rows without gradient (up to `tolerance` of the steepest) are redrawn, the
+    others staying as they are, and restored, bit for bit; dead if the output does not move (up to `tolerance` of it).
+    At zero weights more is dead than in general: behind a zero to_out, all."""
     out, redraw, dead = attend(x, context).detach(), Redraw(), {}
     tolerance = min(tolerance, rounding(torch.float32))  # half precision has no eye for what is weak
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.numel()}
@@ -235,10 +225,8 @@ def multiply_accumulates(attend: Attend, x: Tensor, context: Tensor) -> int:
 
 @torch.no_grad()
 def folded(attend: Attend, x: Tensor, context: Tensor) -> nn.Linear:
-    """The W c + b that a trivial attention computes, found by asking it: b of c = 0, W's columns of the unit vectors.
-
-    x [(b r), s, c] and context [b, k, c'] as for `check`, k copies of one key; the result takes [..., c'].
-    """
+    """The W c + b that a trivial attention computes, found by asking it: b of c = 0, W's columns of the unit vectors. x
+    [(b r), s, c] and context [b, k, c'] as for `check`, k copies of one key; the result takes [..., c']."""
     c = context.shape[-1]
     asked = torch.cat([torch.zeros(1, c), torch.eye(c)])[:, None].expand(-1, context.shape[1], -1).to(context)
     out = attend(x[:1].expand(c + 1, -1, -1), asked)[:, 0]

@@ -53,10 +53,8 @@ class ResnetBlock(nn.Module):
 
 
 class TemporalConv(nn.Conv3d):
-    """A convolution of kernel 3x1x1 along time, zeros beyond the video's ends: [b,c,t,s] -> [b,c,t,s].
-
-    Computed as a 2D one over frames and places: the same sums, for which every device has a fast kernel.
-    """
+    """A convolution of kernel 3x1x1 along time, zeros beyond the video's ends: [b,c,t,s] -> [b,c,t,s]. Computed as a 2D
+    one over frames and places: the same sums, for which every device has a fast kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
@@ -228,11 +226,9 @@ class AutoencoderKLTemporalDecoder(nn.Module):
         self.decoder = TemporalDecoder(config)
 
     def encode(self, image: Tensor) -> Tensor:
-        """The mode of q(z | image): [b,3,H,W] in [-1,1] -> [b,4,H/8,W/8], NOT scaled.
-
-        Computed in float32 whatever the weights' dtype: the released encoder's activations leave float16's range.
-        Raises ValueError if the rank, the channels or the sides (multiples of `config.factor`) are wrong.
-        """
+        """The mode of q(z | image): [b,3,H,W] in [-1,1] -> [b,4,H/8,W/8], NOT scaled. Computed in float32 whatever the
+        weights' dtype: the released encoder's activations leave float16's range. Raises ValueError if the rank, the
+        channels or the sides (multiples of `config.factor`) are wrong."""
         factor, shape = self.config.factor, tuple(image.shape)
         if image.ndim != 4 or shape[1] != 3 or shape[2] % factor or shape[3] % factor or 0 in shape:
             raise ValueError(f"image has shape {shape}; need [b,3,H,W] with H and W multiples of {factor}")
@@ -267,17 +263,16 @@ class AutoencoderKLTemporalDecoder(nn.Module):
 
 class Stream:
     """The decoder's forward, exactly, on a video held as a list of frames [b,c,h,w], each replaced as it is used up.
-
     Spatial layers take `chunk` frames at a time. Temporal ones take a strip of rows of all frames, half a frame in all,
-    in place: their kernels see one place at a time, their norms need statistics of the whole before the first value.
-    """
+    in place: their kernels see one place at a time, their norms need statistics of the whole before the first value."""
 
     def __init__(self, decoder: TemporalDecoder, chunk: int, hold: Hold, advance: Advance) -> None:
         self.decoder, self.chunk, self.hold, self.advance = decoder, chunk, hold, advance
 
     def __call__(self, z: Tensor) -> Tensor:
-        decoder, self.device = self.decoder, z.device
-        mid, frames = decoder.mid_block, [frame.to(self.store) for frame in z.unbind(1)]
+        decoder, mid, self.device = self.decoder, self.decoder.mid_block, z.device
+        self.store = torch.device("cpu") if self.hold == "host" else z.device
+        frames = [frame.to(self.store) for frame in z.unbind(1)]
         self.spatial(decoder.conv_in, frames)
         self.both(nn.Identity(), mid.resnets[0], frames)
         self.both(mid.attentions[0], mid.resnets[1], frames)
@@ -290,10 +285,6 @@ class Stream:
             before = nn.Sequential(*block.upsamplers)
         self.spatial(decoder.to_colours, frames)
         return decoder.last(torch.stack([frame.to(self.device) for frame in frames], dim=1))
-
-    @property
-    def store(self) -> torch.device:
-        return torch.device("cpu") if self.hold == "host" else self.device
 
     def both(self, before: nn.Module, block: nn.Module, frames: list[Tensor]) -> None:
         """A block in space and time, after what comes `before` it: so an enlarged video never exists whole."""
@@ -330,10 +321,8 @@ class Stream:
 
 
 def over_video(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """GroupNorm whose statistics are those of all parts [b,c,t,s] of a video together, as a scale and a shift.
-
-    By the law of total variance: var(x) = E_i[var(x_i)] + var_i(E[x_i]), from each part's own mean and variance.
-    """
+    """GroupNorm whose statistics are those of all parts [b,c,t,s] of a video together, as a scale and a shift. By the
+    law of total variance: var(x) = E_i[var(x_i)] + var_i(E[x_i]), from each part's own mean and variance."""
     moments, sizes = [], []
     for part in parts:
         groups = rearrange(part, "b (g c) t s -> b g (c t s)", g=NUM_GROUPS).float()

@@ -35,10 +35,8 @@ NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Video:
-    """`frames`, a float tensor [t,3,h,w] in [0,1], shown at `fps` frames per second.
-
-    ValueError: another shape or dtype, a value outside [0,1] (or not a number), no frame, an fps that no format holds.
-    """
+    """`frames`, a float tensor [t,3,h,w] in [0,1], shown at `fps` frames per second. ValueError: another shape or
+    dtype, a value outside [0,1] (or not a number), no frame, an fps that no format holds."""
 
     frames: Tensor
     fps: float
