@@ -140,7 +140,8 @@ def typed(field: Any, value: Any) -> Any:
     """A JSON value as the field of a config has it: lists become tuples. Raises ValueError for any other kind."""
     default = field.default if isinstance(field.default, tuple) else (field.default,)
     values, kind = value if isinstance(field.default, tuple) else [value], type(default[0])
-    any_length, kinds = get_args(field.type)[-1:] == (...,), {kind, int} if kind is float else {kind}
+    any_length = get_args(field.type)[-1:] == (...,)
+    kinds = {kind, int} if kind is float else {kind}
     fits = isinstance(values, list) and all(type(v) in kinds for v in values)
     if not fits or not (any_length or len(values) == len(default)) or (kind is int and min(values, default=1) < 1):
         raise ValueError(f"{field.name} is {shown(value)}; need a value such as {field.default!r}")
