@@ -52,17 +52,14 @@ def find_images(given: list[Path]) -> list[Path]:
                 warnings.warn(f"{p} is left out, as Pillow does not open such files: make it a PNG", stacklevel=2)
         if path.is_dir() and not found:
             raise FileNotFoundError(f"there are no images in {path} itself: give another folder, or name the files")
-        matching = [] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path))))
-        images += found or matching or [path]
+        images += found or ([] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path))))) or [path]
     return images
 
 
 def read_manifest(path: Path) -> list[Row]:
     """The rows of a .jsonl file, an object a line, or of a .csv file with a header: `image`, relative to the manifest's
-    folder, and, where they are to differ from the command line's, `name` of the video and any setting of a call.
-
-    What is empty or null is not given. Raises ValueError, with the row, for what cannot be meant.
-    """
+    folder, and where they differ from the command line's, `name` of the video and any setting of a call. What is empty
+    or null is not given. Raises ValueError, with the row, for what cannot be meant."""
     if path.suffix not in (".csv", ".jsonl") or not path.is_file():
         raise ValueError(f"{path} is no .jsonl or .csv file: check the path of the manifest")
     rows = []
@@ -100,11 +97,11 @@ def as_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]:
     """The folder that the videos go to, and the template of their names in it: `template`, or if it is None `default`,
-    in the folder `output`; or `output` itself, if it is none. Raises ValueError or FileNotFoundError for others."""
-    if template is not None and (not template or Path(template).name != template):
-        raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
-    if template is not None and not output.is_dir():
-        raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
+    in the folder `output`; or `output` itself, if it is none. Raises ValueError for others."""
+    if template is not None and not (output.is_dir() and template and Path(template).name == template):
+        raise ValueError(
+            f"videos cannot be named {template!r} in {output}: need a file's name, and a folder that exists"
+        )
     folder, template = (output, template or default) if output.is_dir() else (Path(), str(output))
     for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
         if placeholder not in PLACEHOLDERS:
@@ -140,11 +137,8 @@ def fill(template: str, **values: object) -> str:
 
 def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any], dict[str, Any]]:
     """The videos that a command line of `minisvd generate` asks for, in batches of --batch that differ in nothing but
-    what each image may have of its own; what else decides their frames, the build and the weights, by their hashes; and
-    the settings that they have where a manifest's row has no others.
-
-    Raises ValueError or OSError for what no video could be made of, an image only if it is the only one.
-    """
+    what each image may have of its own; what else decides their frames: the build and the weights, by their hashes; and
+    the settings of the command line. Raises ValueError or OSError for what no video could be made of."""
     from .checkpoint import resolve
     from .images import open_image
     from .pipeline import OPTIONAL, PER_IMAGE
@@ -161,19 +155,17 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
     given = as_settings({name: value for name in NAMES if (value := getattr(args, name)) is not None})
     for job in jobs if len(jobs) == 1 or args.fail_fast else []:
         open_image(job["image"])
-
     weights = resolve(args.model, variant=args.variant, revision=args.revision, offline=args.offline)
     given = dict.fromkeys(OPTIONAL) | asdict(weights.generation) | given
     for job in jobs:
         job["settings"] = given | job["settings"]
         check_zoom(job["settings"]["zoom"], job["settings"]["size"])
-        record = record_of(Path(job["path"]))
-        if not args.no_sidecar and os.path.lexists(record) and not read_record(record.with_suffix("")):
+        record = f"{job['path']}.json"
+        if not args.no_sidecar and os.path.lexists(record) and not read_record(Path(job["path"])):
             raise FileExistsError(f"{record} is there and no record of a video: move it, or add --no-sidecar")
-    made = {"dtype": dtype, "vcut": weights.configs["unet"].vcut if args.vcut is None else VCUT[args.vcut]}
-    if not args.no_sidecar:
-        hashes = {path: digest(path) for path in set(weights.files.values())}
-        made["weights"] = {part: hashes[path] for part, path in weights.files.items()}
+    hashes = {} if args.no_sidecar else {path: digest(path) for path in set(weights.files.values())}
+    made: dict[str, Any] = {"dtype": dtype, "weights": {part: hashes.get(path) for part, path in weights.files.items()}}
+    made["vcut"] = weights.configs["unet"].vcut if args.vcut is None else VCUT[args.vcut]
     MANY.check("batch", args.batch)
     batches = []
     for _, alike in groupby(jobs, lambda job: {k: v for k, v in job["settings"].items() if k not in PER_IMAGE}):
@@ -181,9 +173,6 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
         batches += [alike[i : i + args.batch] for i in range(0, len(alike), args.batch)]
     given |= {"seeds": seeds} if args.seeds else {"seed": seeds[0]}
     return batches, made, given
-
-
-# --- what is there ------------------------------------------------------------------------------------------------
 
 
 def digest(path: Path) -> str:
@@ -196,14 +185,10 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def record_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """The record of the video at `path`; nothing, if there is none of ours."""
     with suppress(OSError, ValueError, RecursionError):
-        record = json.loads(record_of(path).read_bytes())
+        record = json.loads(Path(f"{path}.json").read_bytes())
         return record if isinstance(record, dict) and {"made", "video_sha256"} <= record.keys() else {}
     return {}
 

@@ -34,7 +34,6 @@ from .video import Video
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-logger = logging.getLogger(__name__)
 FAMILIAR = (
     10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 or more, 26 photos at most 8.8
 )
@@ -361,5 +360,5 @@ def load(
     dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
-    logger.info("loaded %s, a %s, on %s in %s", checkpoint.path, checkpoint.layout, device, dtype)
+    logging.getLogger(__name__).info("loaded %s, a %s, on %s in %s", checkpoint.path, checkpoint.layout, device, dtype)
     return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)

@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from .cli import sentence, tell
 from .images import load_image, open_image
-from .jobs import Job, digest, record_of, state
+from .jobs import Job, digest, state
 from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
 from .video import check_output, is_written, replacing
 
 Model = Callable[[], StableVideoDiffusion]  # loads it, when it is first needed
-POLL = 0.1  # seconds between looks at what the others do
 STRANGE = "is not what the small model knows, one shape on a plain ground: take --model svd-xt, the official weights"
 
 
@@ -45,10 +44,9 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
     they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing.
 
     What a user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One
-    bar shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`.
-    """
+    bar shows the progress of several videos; two, steps and decoding, that of a single one. Records hold `about`."""
     while not store.check(["plan"]):
-        time.sleep(POLL)  # and not inside the store, where no signal is heard
+        time.sleep(0.1)  # and not inside the store, where no signal is heard
     batches, about["made"] = json.loads(store.get("plan"))
     total, shown = sum(map(len, batches)), rank == 0 and not args.json and sys.stderr.isatty()
     with tqdm(total=total, desc="videos", unit="video", disable=total == 1 or not shown) as bar:
@@ -74,7 +72,7 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
                     print(path, flush=True)
         while rank == 0 and (done := store.add("ended", 0)) < total:
             bar.update(done - bar.n)
-            time.sleep(POLL)
+            time.sleep(0.1)
         bar.update(total - bar.n)
     return [job for number in range(len(batches) * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
 
@@ -113,6 +111,6 @@ def make(
         seconds = {"compute": compute, "write": time.perf_counter() - began}
         if not args.no_sidecar:
             record = about | {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
-            with replacing(record_of(path)) as part:
+            with replacing(Path(f"{path}.json")) as part:
                 part.write_text(json.dumps(record | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
         job["seconds"] = round(sum(seconds.values()), 3)
