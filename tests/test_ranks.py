@@ -73,7 +73,7 @@ def ranks(folder: str) -> list[int]:
 
 
 def run_on_two_nodes(tiny_folder: Path) -> subprocess.CompletedProcess:
-    """The same command on both, each with a process, as tools/README.md has it. Their words, one node's after another's."""
+    """The same command on both, each with a process, as tools/README.md has it. What both say, one after another."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     command = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
