@@ -94,7 +94,9 @@ def generate(args: argparse.Namespace) -> int:
     device, dtype = place(args)
     if rank == 0:
         batches, made, given = gather(args, dtype)
-        store.set("plan", json.dumps([batches, made]))
+        for number, jobs in enumerate(batches):  # one by one, as the store takes no more than 8 MB at once
+            store.set(f"batch {number}", json.dumps(jobs))
+        store.set("plan", json.dumps([len(batches), sum(map(len, batches)), made]))
     about = {"model": args.model, "device": device, "rank": rank, "versions": versions()}
     ends = work(args, store, rank, cache(partial(load, args)), about)
     if rank != 0:

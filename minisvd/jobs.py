@@ -33,11 +33,9 @@ Row = tuple[Path, str, dict[str, Any]]  # an image, the name of its video or "",
 
 
 def find_images(given: list[Path]) -> list[Path]:
-    """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens.
-
-    A pattern with *, ? or [ stands for what matches it. Hidden files and videos of ours are left out, folders inside
-    are not searched. Warns of pictures of other kinds. Raises FileNotFoundError for a folder without images.
-    """
+    """`given`, with each folder replaced by the images in it, sorted, and each pattern by what matches. Hidden files,
+    videos of ours and folders inside are left out. Warns of a picture that Pillow does not open. Raises
+    FileNotFoundError for a folder without images."""
     from PIL import Image
 
     from .images import FORMATS
@@ -99,9 +97,7 @@ def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]
     """The folder that the videos go to, and the template of their names in it: `template`, or if it is None `default`,
     in the folder `output`; or `output` itself, if it is none. Raises ValueError for others."""
     if template is not None and not (output.is_dir() and template and Path(template).name == template):
-        raise ValueError(
-            f"videos cannot be named {template!r} in {output}: need a file's name, and a folder that exists"
-        )
+        raise ValueError(f"videos cannot be named {template!r} in {output}: need a file's name, and a folder there")
     folder, template = (output, template or default) if output.is_dir() else (Path(), str(output))
     for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
         if placeholder not in PLACEHOLDERS:
@@ -121,8 +117,7 @@ def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_ex
             if not (is_written(path) and (skip_existing or read_record(path))):  # else it may be left alone
                 check_output(path)
             if path in taken:
-                remedy = "give an existing folder, rename an image, or name by {stem} and {seed}"
-                raise ValueError(f"two videos would be written to {path}: {remedy}")
+                raise ValueError(f"two videos would be written to {path}: give a folder, or add {{stem}} and {{seed}}")
             if path.resolve() in sources:
                 raise ValueError(f"{path} is one of the images: choose another output")
             taken.add(path)

@@ -1,8 +1,7 @@
 """Many videos, by one process or by many: batches have numbers, and whoever is free takes the next.
 
-The numbers are a counter in torch.distributed's store, which torchrun keeps; a process that is alone has a store of its
-own. Each rank writes its videos whole and tells the store; one that dies takes none of them along, and a rerun, which
-torchrun --max-restarts begins by itself, makes what is not finished.
+The numbers are a counter in torch.distributed's store, which torchrun keeps; a process alone has a store of its own. A
+rank that dies takes nothing finished along; a rerun, which torchrun --max-restarts begins by itself, makes the rest.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
     bar shows the progress of several videos; two, steps and decoding, that of a single one. Records hold `about`."""
     while not store.check(["plan"]):
         time.sleep(0.1)  # and not inside the store, where no signal is heard
-    batches, about["made"] = json.loads(store.get("plan"))
-    total, shown = sum(map(len, batches)), rank == 0 and not args.json and sys.stderr.isatty()
+    batches, total, about["made"] = json.loads(store.get("plan"))
+    shown = rank == 0 and not args.json and sys.stderr.isatty()
     with tqdm(total=total, desc="videos", unit="video", disable=total == 1 or not shown) as bar:
 
         def attempt(jobs: list[Job]) -> None:
@@ -63,18 +62,19 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
                     jobs[0] |= {"state": "failed", "error": why}
                     tell(f"minisvd: error: {jobs[0]['path']} is not made: {why}")
 
-        while (number := store.add("taken", 1) - 1) < len(batches):
-            attempt(batches[number])
-            store.set(f"batch {number}", json.dumps(batches[number]))
-            bar.update(store.add("ended", len(batches[number])) - bar.n)
+        while (number := store.add("taken", 1) - 1) < batches:
+            jobs = json.loads(store.get(f"batch {number}"))
+            attempt(jobs)
+            store.set(f"batch {number}", json.dumps(jobs))
+            bar.update(store.add("ended", len(jobs)) - bar.n)
             with bar.external_write_mode():
-                for path in [job["path"] for job in batches[number] if "seconds" in job and not args.json]:
+                for path in [job["path"] for job in jobs if "seconds" in job and not args.json]:
                     print(path, flush=True)
         while rank == 0 and (done := store.add("ended", 0)) < total:
             bar.update(done - bar.n)
             time.sleep(0.1)
         bar.update(total - bar.n)
-    return [job for number in range(len(batches) * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
+    return [job for number in range(batches * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
 
 
 def make(

@@ -216,18 +216,24 @@ def test_seeds_are_numbers_and_ranges() -> None:
         ("photos photos/inner/c.png -o out --fail-fast", "photos/inner/c.png is not an image"),
         (
             "photos -o clip.mp4",
-            "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by",
+            "two videos would be written to clip.mp4: give a folder, or add {stem} and {seed}",
         ),
         (
             "photos -o out --name-template {seed}.mp4",
-            "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by",
+            "two videos would be written to out/0.mp4: give a folder, or add {stem} and {seed}",
         ),
-        ("photos/a.png -o clip.mp4 --seeds 0-1", "two videos would be written to clip.mp4: give an existing folder"),
+        (
+            "photos/a.png -o clip.mp4 --seeds 0-1",
+            "two videos would be written to clip.mp4: give a folder, or add {stem} and {seed}",
+        ),
         ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "two videos would be written to out/a.mp4"),
-        ("photos photos/a.png -o out", "two videos would be written to out/a.mp4: give an existing folder, rename"),
+        (
+            "photos photos/a.png -o out",
+            "two videos would be written to out/a.mp4: give a folder, or add {stem} and {seed}",
+        ),
         (
             "photos photos/a1.png -o out --seeds 0,10 --name-template {stem}{seed}.gif",
-            "two videos would be written to out/a10.gif: give an existing folder, rename",
+            "two videos would be written to out/a10.gif: give a folder, or add {stem} and {seed}",
         ),
         ("photos photos/a.gif -o photos --name-template {stem}.gif", "photos/a.gif is one of the images"),
         ("photos/a.gif -o photos/{stem}.gif --skip-existing", "photos/a.gif is one of the images"),

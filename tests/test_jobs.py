@@ -99,7 +99,7 @@ def test_where_a_manifest_is_and_goes(capsys: pytest.CaptureFixture[str]) -> Non
         (("--manifest", "photos", "-o", "out"), "photos is no .jsonl or .csv file"),
         (
             ("--manifest", name, "-o", "new.mp4"),
-            "videos cannot be named '{stem}.mp4' in new.mp4: need a file's name, and a folder",
+            "videos cannot be named '{stem}.mp4' in new.mp4: need a file's name, and a folder there",
         ),
     ):
         assert says in refusal(capsys, "generate", *argv)
