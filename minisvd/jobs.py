@@ -12,19 +12,22 @@ import json
 import os
 import re
 import warnings
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from mimetypes import guess_type
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
+
+from .checkpoint import resolve
 from .config import CHOICES, MANY, SETTINGS, VCUT, check, shown
+from .images import FORMATS, open_image
+from .pipeline import OPTIONAL, PER_IMAGE, checked_sigmas
 from .video import check_output, check_zoom, is_written
-
-if TYPE_CHECKING:
-    from argparse import Namespace
 
 PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
 NAMES = ("sigmas", *SETTINGS, *CHOICES)  # of the settings that a row of a manifest may have
@@ -36,10 +39,6 @@ def find_images(given: list[Path]) -> list[Path]:
     """`given`, with each folder replaced by the images in it, sorted, and each pattern by what matches. Hidden files,
     videos of ours and folders inside are left out. Warns of a picture that Pillow does not open. Raises
     FileNotFoundError for a folder without images."""
-    from PIL import Image
-
-    from .images import FORMATS
-
     extensions = {name for name, kind in Image.registered_extensions().items() if kind in FORMATS}
     images = []
     for path in given:
@@ -80,8 +79,6 @@ def read_manifest(path: Path) -> list[Row]:
 def as_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Settings in plain form, as JSON has them; a string for a number, as a .csv has it, is read as JSON. Raises
     ValueError for a name that is none, or a value that cannot be."""
-    from .pipeline import checked_sigmas
-
     settings = {}
     for name, value in given.items():
         if name not in NAMES:
@@ -134,10 +131,6 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
     """The videos that a command line of `minisvd generate` asks for, in batches of --batch that differ in nothing but
     what each image may have of its own; what else decides their frames: the build and the weights, by their hashes; and
     the settings of the command line. Raises ValueError or OSError for what no video could be made of."""
-    from .checkpoint import resolve
-    from .images import open_image
-    from .pipeline import OPTIONAL, PER_IMAGE
-
     listed = read_manifest(args.manifest) if args.manifest else []
     rows: list[Row] = [(image, "", {}) for image in find_images(args.image)]
     if not rows + listed:
