@@ -128,3 +128,17 @@ def test_a_rank_that_dies_loses_nothing_that_was_finished(tiny_folder: Path, res
     assert run(tiny_folder, "alone", "-m", "minisvd").returncode == 0
     assert videos("out") == videos("alone")
     assert sorted(path.suffix for path in Path("out").iterdir()) == [".gif"] * 6 + [".json"] * 6
+
+
+def test_a_plan_is_larger_than_what_the_store_takes_at_once() -> None:
+    """10,000 videos of long names are over 8 MB of JSON, which the store refuses at once. All are there, and skipped."""
+    name = "a" * 220
+    Path("photos/a.png").rename(f"{name}.png")
+    for seed in range(10_000):
+        Path(f"out/{name}-{seed}.gif").write_bytes(b"a video")
+    argv = ["generate", f"{name}.png", "-o", "out", "--seeds", "0-9999", "--name-template", "{stem}-{seed}.gif"]
+    command = [sys.executable, *TORCHRUN, "1", "-m", "minisvd", *argv, "--skip-existing"]
+    environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "minisvd: of 10000 videos 10000 skipped, which exist" in done.stderr
