@@ -131,7 +131,7 @@ def test_a_rank_that_dies_loses_nothing_that_was_finished(tiny_folder: Path, res
 
 
 def test_a_plan_is_larger_than_what_the_store_takes_at_once() -> None:
-    """10,000 videos of long names are over 8 MB of JSON, which the store refuses at once. All are there, and skipped."""
+    """10,000 videos of long names are over 8 MB of JSON, which the store refuses at once. All are skipped."""
     name = "a" * 220
     Path("photos/a.png").rename(f"{name}.png")
     for seed in range(10_000):
