@@ -17,13 +17,18 @@ import torch
 from minisvd import AutoencoderKLTemporalDecoder, ImageEncoder, SpatioTemporalUNet
 from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.save import save_folder
+from tools.teach.browse import found_browser
 
 if TYPE_CHECKING:
     from diffusers import StableVideoDiffusionPipeline
     from diffusers import UNetSpatioTemporalConditionModel as DiffusersUNet
 
 Module = TypeVar("Module", bound=torch.nn.Module)
-ELSEWHERE = {"linux": sys.platform != "linux", "posix": os.name != "posix"}  # markers, and where their tests cannot run
+ELSEWHERE = {  # markers, and where their tests cannot run
+    "linux": sys.platform != "linux",
+    "posix": os.name != "posix",
+    "browser": found_browser() is None,
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -306,7 +306,7 @@ def test_what_only_the_model_knows_is_refused_too(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StableVideoDiffusion, "sample", lambda *_, **__: torch.empty(2**60))
         err = refusal(capsys, "generate", photo.name, "-o", "c.mp4", *model)
-    assert "out of memory: try --decode-chunk" in err
+    assert "out of memory: try --low-memory" in err
 
 
 def test_a_bug_keeps_its_traceback(tiny_folder: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

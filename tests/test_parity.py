@@ -113,7 +113,7 @@ def test_pipeline_equals_diffusers(diffusers_pipeline, diffusers_folder, guidanc
     aug_noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     video = svd(
         image, steps=5, noise=noise, aug_noise=aug_noise, guidance=guidance, progress=False, **settings,
-        callback=lambda _step, _sigma, latents: ours.append(latents),
+        callback=lambda *call: ours.append(call[2]),
     )  # fmt: skip
 
     theirs: list[Tensor] = []

@@ -136,9 +136,9 @@ def test_decoding_that_leaves_float16_is_done_in_float32(tiny_folder, images):
 
 
 def test_frames_are_tensors_to_go_on_with(svd, images):
-    """They can be part of what is trained, which tensors of inference mode cannot; so can a callback's latents."""
+    """They can be part of what is trained, which tensors of inference mode cannot; so can a callback's."""
     seen = []
-    frames = svd(images[0], callback=lambda _step, _sigma, latents: seen.append(latents), **QUICK).frames
+    frames = svd(images[0], callback=lambda *call: seen.extend(call[2:]), **QUICK).frames
     scale = torch.ones((), requires_grad=True)
     (scale * frames).sum().backward()
     assert scale.grad is not None
@@ -173,8 +173,11 @@ def test_callback_sees_every_step(svd, images):
     seen = []
     sigmas = torch.tensor([10.0, 1.0, 0.0])
     svd(images[0], sigmas=sigmas, callback=lambda *call: seen.append(call), num_frames=3, size=(64, 64), progress=False)
-    assert [(step, sigma.item()) for step, sigma, _ in seen] == [(1, 1.0), (2, 0.0)]
-    assert seen[-1][2].shape == (1, 3, 4, 8, 8)
+    assert [(step, sigma.item()) for step, sigma, _, _ in seen] == [(1, 1.0), (2, 0.0)]
+    (*_, x, first), (*_, end, last) = seen
+    assert x.shape == first.shape == (1, 3, 4, 8, 8)
+    torch.testing.assert_close(end, last)  # at sigma 0 the latents are the estimate itself,
+    assert (x - first).abs().max() > 0.1  # and before that they are not
 
 
 def test_bars_are_on_stderr_and_can_be_off(svd, images, capsys):
@@ -192,7 +195,7 @@ def test_half_precision_runs_and_stays_near(svd, tiny_folder, images):
     """bfloat16 weights, float32 latents: near the float32 frames, but not them."""
     half = minisvd.load(tiny_folder, dtype=torch.bfloat16)
     latents = []
-    frames = half(images[0], callback=lambda _step, _sigma, x: latents.append(x), **QUICK).frames
+    frames = half(images[0], callback=lambda *call: latents.append(call[2]), **QUICK).frames
     assert latents[0].dtype == torch.float32
     difference = (frames - svd(images[0], **QUICK).frames).abs()
     assert 0 < difference.mean() < 0.1

@@ -78,7 +78,7 @@ def test_euler_solves_the_ode_at_first_order():
 def test_every_step_is_seen_and_nothing_else_is_random():
     seen: list[tuple[int, float]] = []
 
-    def keep(step: int, sigma: Tensor, _latents: Tensor) -> None:
+    def keep(step: int, sigma: Tensor, _latents: Tensor, _denoised: Tensor) -> None:
         seen.append((step, sigma.item()))
 
     state = torch.random.get_rng_state()

@@ -139,7 +139,7 @@ def test_25_guided_steps_of_the_shipped_model():
     for vcut in (False, "lossless", True):
         svd = minisvd.load("tiny", vcut=vcut)
 
-        def keep(_step: int, _sigma: Tensor, x: Tensor, vcut: object = vcut) -> None:
+        def keep(_step: int, _sigma: Tensor, x: Tensor, _denoised: Tensor, vcut: object = vcut) -> None:
             latents[vcut] = x
 
         videos[vcut] = svd(str(example), steps=25, guidance=(1.0, 3.0), callback=keep, progress=False)
