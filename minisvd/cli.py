@@ -36,8 +36,7 @@ OUT_OF_MEMORY = "out of memory: try --low-memory, a smaller --size, fewer --fram
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own) and return its exit status: 0, 1, 2 or 130."""
-    argv = sys.argv[1:] if argv is None else argv
-    if any(re.fullmatch("(--[^=]+=)?", argument) for argument in argv):  # '' would be the current folder
+    if any(re.fullmatch("(--[^=]+=)?", argument) for argument in (sys.argv[1:] if argv is None else argv)):
         return complain("one of the arguments is empty: give it a value, or leave it out")
     args = parser().parse_args(argv)
     warned: set[str] = set()
@@ -64,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sentence(error: Exception) -> str:
     """What a user has got wrong, or ""; for torch has no one class for running out of memory on every device."""
-    full = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    if full or isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
         return OUT_OF_MEMORY
     return str(error) or repr(error) if isinstance(error, OSError | ValueError) else ""
 
@@ -87,9 +85,7 @@ def complain(sentence: str) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """A video for each image and seed. Prints their paths, or with --json one object that says how they were made.
-
-    Returns 1 if some of several could not be made. Under torchrun all ranks make videos; the first plans and sums up.
-    """
+    Returns 1 if some of several could not be made. Under torchrun all ranks make videos; the first plans."""
     from .jobs import gather
     from .ranks import join, work
 
@@ -98,7 +94,9 @@ def generate(args: argparse.Namespace) -> int:
     device, dtype = place(args)
     if rank == 0:
         batches, made, given = gather(args, dtype)
-        store.set("plan", json.dumps([batches, made]))
+        for number, jobs in enumerate(batches):  # one by one, as the store takes no more than 8 MB at once
+            store.set(f"batch {number}", json.dumps(jobs))
+        store.set("plan", json.dumps([len(batches), sum(map(len, batches)), made]))
     about = {"model": args.model, "device": device, "rank": rank, "versions": versions()}
     ends = work(args, store, rank, cache(partial(load, args)), about)
     if rank != 0:

@@ -12,19 +12,22 @@ import json
 import os
 import re
 import warnings
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from mimetypes import guess_type
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
+
+from .checkpoint import resolve
 from .config import CHOICES, MANY, SETTINGS, VCUT, check, shown
+from .images import FORMATS, open_image
+from .pipeline import OPTIONAL, PER_IMAGE, checked_sigmas
 from .video import check_output, check_zoom, is_written
-
-if TYPE_CHECKING:
-    from argparse import Namespace
 
 PLACEHOLDERS = ("{stem}", "{seed}", "{index}")  # in a video's name: of the image's; the seed; its place in --seeds
 NAMES = ("sigmas", *SETTINGS, *CHOICES)  # of the settings that a row of a manifest may have
@@ -33,13 +36,9 @@ Row = tuple[Path, str, dict[str, Any]]  # an image, the name of its video or "",
 
 
 def find_images(given: list[Path]) -> list[Path]:
-    """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens. A
-    pattern with *, ? or [ stands for what matches it. Hidden files and videos of ours are left out, folders inside are
-    not searched. Warns of pictures of other kinds. Raises FileNotFoundError for a folder without images."""
-    from PIL import Image
-
-    from .images import FORMATS
-
+    """`given`, with each folder replaced by the images in it, sorted, and each pattern by what matches. Hidden files,
+    videos of ours and folders inside are left out. Warns of a picture that Pillow does not open. Raises
+    FileNotFoundError for a folder without images."""
     extensions = {name for name, kind in Image.registered_extensions().items() if kind in FORMATS}
     images = []
     for path in given:
@@ -50,15 +49,14 @@ def find_images(given: list[Path]) -> list[Path]:
                 warnings.warn(f"{p} is left out, as Pillow does not open such files: make it a PNG", stacklevel=2)
         if path.is_dir() and not found:
             raise FileNotFoundError(f"there are no images in {path} itself: give another folder, or name the files")
-        matching = [] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path))))
-        images += found or matching or [path]
+        images += found or ([] if os.path.lexists(path) else sorted(map(Path, glob.glob(str(path))))) or [path]
     return images
 
 
 def read_manifest(path: Path) -> list[Row]:
     """The rows of a .jsonl file, an object a line, or of a .csv file with a header: `image`, relative to the manifest's
-    folder, and, where they are to differ from the command line's, `name` of the video and any setting of a call. What
-    is empty or null is not given. Raises ValueError, with the row, for what cannot be meant."""
+    folder, and where they differ from the command line's, `name` of the video and any setting of a call. What is empty
+    or null is not given. Raises ValueError, with the row, for what cannot be meant."""
     if path.suffix not in (".csv", ".jsonl") or not path.is_file():
         raise ValueError(f"{path} is no .jsonl or .csv file: check the path of the manifest")
     rows = []
@@ -81,8 +79,6 @@ def read_manifest(path: Path) -> list[Row]:
 def as_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Settings in plain form, as JSON has them; a string for a number, as a .csv has it, is read as JSON. Raises
     ValueError for a name that is none, or a value that cannot be."""
-    from .pipeline import checked_sigmas
-
     settings = {}
     for name, value in given.items():
         if name not in NAMES:
@@ -96,11 +92,9 @@ def as_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]:
     """The folder that the videos go to, and the template of their names in it: `template`, or if it is None `default`,
-    in the folder `output`; or `output` itself, if it is none. Raises ValueError or FileNotFoundError for others."""
-    if template is not None and (not template or Path(template).name != template):
-        raise ValueError(f"--name-template is {template!r}; need the name of a file, whose folder is that of -o")
-    if template is not None and not output.is_dir():
-        raise FileNotFoundError(f"there is no folder {output} to name videos in: create it first")
+    in the folder `output`; or `output` itself, if it is none. Raises ValueError for others."""
+    if template is not None and not (output.is_dir() and template and Path(template).name == template):
+        raise ValueError(f"videos cannot be named {template!r} in {output}: need a file's name, and a folder there")
     folder, template = (output, template or default) if output.is_dir() else (Path(), str(output))
     for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
         if placeholder not in PLACEHOLDERS:
@@ -120,8 +114,7 @@ def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_ex
             if not (is_written(path) and (skip_existing or read_record(path))):  # else it may be left alone
                 check_output(path)
             if path in taken:
-                remedy = "give an existing folder, rename an image, or name by {stem} and {seed}"
-                raise ValueError(f"two videos would be written to {path}: {remedy}")
+                raise ValueError(f"two videos would be written to {path}: give a folder, or add {{stem}} and {{seed}}")
             if path.resolve() in sources:
                 raise ValueError(f"{path} is one of the images: choose another output")
             taken.add(path)
@@ -136,13 +129,8 @@ def fill(template: str, **values: object) -> str:
 
 def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any], dict[str, Any]]:
     """The videos that a command line of `minisvd generate` asks for, in batches of --batch that differ in nothing but
-    what each image may have of its own; what else decides their frames, the build and the weights, by their hashes; and
-    the settings that they have where a manifest's row has no others. Raises ValueError or OSError for what no video
-    could be made of, an image only if it is the only one."""
-    from .checkpoint import resolve
-    from .images import open_image
-    from .pipeline import OPTIONAL, PER_IMAGE
-
+    what each image may have of its own; what else decides their frames: the build and the weights, by their hashes; and
+    the settings of the command line. Raises ValueError or OSError for what no video could be made of."""
     listed = read_manifest(args.manifest) if args.manifest else []
     rows: list[Row] = [(image, "", {}) for image in find_images(args.image)]
     if not rows + listed:
@@ -155,19 +143,17 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
     given = as_settings({name: value for name in NAMES if (value := getattr(args, name)) is not None})
     for job in jobs if len(jobs) == 1 or args.fail_fast else []:
         open_image(job["image"])
-
     weights = resolve(args.model, variant=args.variant, revision=args.revision, offline=args.offline)
     given = dict.fromkeys(OPTIONAL) | asdict(weights.generation) | given
     for job in jobs:
         job["settings"] = given | job["settings"]
         check_zoom(job["settings"]["zoom"], job["settings"]["size"])
-        record = record_of(Path(job["path"]))
-        if not args.no_sidecar and os.path.lexists(record) and not read_record(record.with_suffix("")):
+        record = f"{job['path']}.json"
+        if not args.no_sidecar and os.path.lexists(record) and not read_record(Path(job["path"])):
             raise FileExistsError(f"{record} is there and no record of a video: move it, or add --no-sidecar")
-    made = {"dtype": dtype, "vcut": weights.configs["unet"].vcut if args.vcut is None else VCUT[args.vcut]}
-    if not args.no_sidecar:
-        hashes = {path: digest(path) for path in set(weights.files.values())}
-        made["weights"] = {part: hashes[path] for part, path in weights.files.items()}
+    hashes = {} if args.no_sidecar else {path: digest(path) for path in set(weights.files.values())}
+    made: dict[str, Any] = {"dtype": dtype, "weights": {part: hashes.get(path) for part, path in weights.files.items()}}
+    made["vcut"] = weights.configs["unet"].vcut if args.vcut is None else VCUT[args.vcut]
     MANY.check("batch", args.batch)
     batches = []
     for _, alike in groupby(jobs, lambda job: {k: v for k, v in job["settings"].items() if k not in PER_IMAGE}):
@@ -175,9 +161,6 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
         batches += [alike[i : i + args.batch] for i in range(0, len(alike), args.batch)]
     given |= {"seeds": seeds} if args.seeds else {"seed": seeds[0]}
     return batches, made, given
-
-
-# --- what is there ------------------------------------------------------------------------------------------------
 
 
 def digest(path: Path) -> str:
@@ -190,14 +173,10 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def record_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """The record of the video at `path`; nothing, if there is none of ours."""
     with suppress(OSError, ValueError, RecursionError):
-        record = json.loads(record_of(path).read_bytes())
+        record = json.loads(Path(f"{path}.json").read_bytes())
         return record if isinstance(record, dict) and {"made", "video_sha256"} <= record.keys() else {}
     return {}
 

@@ -1,8 +1,7 @@
 """Many videos, by one process or by many: batches have numbers, and whoever is free takes the next.
 
-The numbers are a counter in torch.distributed's store, which torchrun keeps; a process that is alone has a store of its
-own. Each rank writes its videos whole and tells the store; one that dies takes none of them along, and a rerun, which
-torchrun --max-restarts begins by itself, makes what is not finished.
+The numbers are a counter in torch.distributed's store, which torchrun keeps; a process alone has a store of its own. A
+rank that dies takes nothing finished along; a rerun, which torchrun --max-restarts begins by itself, makes the rest.
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ from tqdm import tqdm
 
 from .cli import sentence, tell
 from .images import load_image, open_image
-from .jobs import Job, digest, record_of, state
+from .jobs import Job, digest, state
 from .memory import settle
 from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
 from .video import check_output, is_written, replacing
 
 Model = Callable[[], StableVideoDiffusion]  # loads it, when it is first needed
-POLL = 0.1  # seconds between looks at what the others do
 STRANGE = "is not what the small model knows, one shape on a plain ground: take --model svd-xt, the official weights"
 
 
@@ -47,9 +45,9 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
     user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One bar
     shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`."""
     while not store.check(["plan"]):
-        time.sleep(POLL)  # and not inside the store, where no signal is heard
-    batches, about["made"] = json.loads(store.get("plan"))
-    total, shown = sum(map(len, batches)), rank == 0 and not args.json and sys.stderr.isatty()
+        time.sleep(0.1)  # and not inside the store, where no signal is heard
+    batches, total, about["made"] = json.loads(store.get("plan"))
+    shown = rank == 0 and not args.json and sys.stderr.isatty()
     with tqdm(total=total, desc="videos", unit="video", disable=total == 1 or not shown) as bar:
 
         def attempt(jobs: list[Job]) -> None:
@@ -64,18 +62,19 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
                     jobs[0] |= {"state": "failed", "error": why}
                     tell(f"minisvd: error: {jobs[0]['path']} is not made: {why}")
 
-        while (number := store.add("taken", 1) - 1) < len(batches):
-            attempt(batches[number])
-            store.set(f"batch {number}", json.dumps(batches[number]))
-            bar.update(store.add("ended", len(batches[number])) - bar.n)
+        while (number := store.add("taken", 1) - 1) < batches:
+            jobs = json.loads(store.get(f"batch {number}"))
+            attempt(jobs)
+            store.set(f"batch {number}", json.dumps(jobs))
+            bar.update(store.add("ended", len(jobs)) - bar.n)
             with bar.external_write_mode():
-                for path in [job["path"] for job in batches[number] if "seconds" in job and not args.json]:
+                for path in [job["path"] for job in jobs if "seconds" in job and not args.json]:
                     print(path, flush=True)
         while rank == 0 and (done := store.add("ended", 0)) < total:
             bar.update(done - bar.n)
-            time.sleep(POLL)
+            time.sleep(0.1)
         bar.update(total - bar.n)
-    return [job for number in range(len(batches) * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
+    return [job for number in range(batches * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
 
 
 def make(jobs: list[Job], args: Namespace, store: Store, model: Model, about: dict, bar: tqdm, progress: bool) -> None:
@@ -114,6 +113,6 @@ def make(jobs: list[Job], args: Namespace, store: Store, model: Model, about: di
         job["memory"] = svd.economy.name
         if not args.no_sidecar:
             record = about | {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
-            with replacing(record_of(path)) as part:
+            with replacing(Path(f"{path}.json")) as part:
                 part.write_text(json.dumps(record | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
         job["seconds"] = round(sum(seconds.values()), 3)

@@ -246,7 +246,10 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate photo.png -o none/clip.mp4", "the folder none does not exist"),
         ("generate photo.png -o photo.png", "cannot write photo.png: use .mp4"),
         ("generate moving.gif -o moving.gif", "moving.gif is one of the images"),
-        ("generate photo.png text.png -o clip.mp4", "two videos would be written to clip.mp4: give an existing folder"),
+        (
+            "generate photo.png text.png -o clip.mp4",
+            "two videos would be written to clip.mp4: give a folder, or add {stem} and {seed}",
+        ),
         ("generate photo.png photo.png -o {stem}.mp4", "two videos would be written to photo.mp4"),
         ("generate none.png -o clip.mp4", "no image at none.png"),
         ("generate text.png -o clip.mp4", "text.png is not an image"),

@@ -97,7 +97,10 @@ def test_where_a_manifest_is_and_goes(capsys: pytest.CaptureFixture[str]) -> Non
     for argv, says in (
         (("--manifest", "none.jsonl", "-o", "out"), "none.jsonl is no .jsonl or .csv file"),
         (("--manifest", "photos", "-o", "out"), "photos is no .jsonl or .csv file"),
-        (("--manifest", name, "-o", "new.mp4"), "there is no folder new.mp4 to name videos in"),
+        (
+            ("--manifest", name, "-o", "new.mp4"),
+            "videos cannot be named '{stem}.mp4' in new.mp4: need a file's name, and a folder there",
+        ),
     ):
         assert says in refusal(capsys, "generate", *argv)
 

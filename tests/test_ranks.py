@@ -4,8 +4,10 @@ takes none of those along that were finished.
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +72,24 @@ def ranks(folder: str) -> list[int]:
     return [json.loads(path.read_text())["rank"] for path in Path(folder).glob("*.json")]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+def run_on_two_nodes(tiny_folder: Path) -> subprocess.CompletedProcess:
+    """The same command on both, each with a process, as tools/README.md has it. What both say, one after another."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", endpoint, "together.py"]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run(tiny_folder, "out", *command), range(2)))
+    words = "".join(done.stdout for done in both), "".join(done.stderr for done in both)
+    return subprocess.CompletedProcess(command, max(done.returncode for done in both), *words)
+
+
+@pytest.mark.parametrize("world", [2, 3], ids=["two nodes", "three processes"])
 def test_ranks_make_what_one_process_makes(tiny_folder: Path, world: int) -> None:
     """Bit for bit, every rank a part, no video twice, the rest skipped; one summary, of all. A bad image: status 1."""
     alone = run(tiny_folder, "alone", "-m", "minisvd")
     assert alone.returncode == 0, alone.stderr
-    done = run(tiny_folder, "out", *TORCHRUN, str(world), "together.py")
+    done = run_on_two_nodes(tiny_folder) if world == 2 else run(tiny_folder, "out", *TORCHRUN, "3", "together.py")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == sorted(f"out/{name}" for name in videos("alone"))
     assert videos("out") == videos("alone")
@@ -114,3 +128,17 @@ def test_a_rank_that_dies_loses_nothing_that_was_finished(tiny_folder: Path, res
     assert run(tiny_folder, "alone", "-m", "minisvd").returncode == 0
     assert videos("out") == videos("alone")
     assert sorted(path.suffix for path in Path("out").iterdir()) == [".gif"] * 6 + [".json"] * 6
+
+
+def test_a_plan_is_larger_than_what_the_store_takes_at_once() -> None:
+    """10,000 videos of long names are over 8 MB of JSON, which the store refuses at once. All are skipped."""
+    name = "a" * 220
+    Path("photos/a.png").rename(f"{name}.png")
+    for seed in range(10_000):
+        Path(f"out/{name}-{seed}.gif").write_bytes(b"a video")
+    argv = ["generate", f"{name}.png", "-o", "out", "--seeds", "0-9999", "--name-template", "{stem}-{seed}.gif"]
+    command = [sys.executable, *TORCHRUN, "1", "-m", "minisvd", *argv, "--skip-existing"]
+    environment = os.environ | {"PYTHONPATH": str(Path(minisvd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "minisvd: of 10000 videos 10000 skipped, which exist" in done.stderr
