@@ -327,7 +327,7 @@ def counted_peaks(part: str, setting: Setting) -> dict[str, float]:
     """Bytes of live tensors at the most, by shapes, of every forward that shapes alone can run."""
     shapes = replace(setting, device="meta", compile=False)
     original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
-    found = {}
+    found: dict[str, float] = {}
     try:
         for name, forward in forwards_of(part, shapes).items():
             with LiveBytes() as live:

@@ -90,7 +90,7 @@ class Moves(TorchFunctionMode):
         self.live = live
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        device = args[1] if func is Tensor.to and isinstance(args[1], torch.device) else None
+        device = args[1] if func is Tensor.to and isinstance((*args, None)[1], torch.device) else None
         if device is None or not args[0].is_meta:
             return func(*args, **(kwargs or {}))
         if (device.type == "cpu") == self.live.is_on_host(args[0]):
@@ -101,7 +101,7 @@ class Moves(TorchFunctionMode):
         return copy
 
 
-def fused(q: Tensor, *_: Tensor) -> Tensor:
+def fused(q: Tensor, *_: Any, **__: Any) -> Tensor:
     """What a fused attention kernel allocates."""
     return torch.empty_like(q)
 
