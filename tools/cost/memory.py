@@ -62,8 +62,9 @@ class LiveBytes(TorchDispatchMode):
         if self.moving_to:
             on_host = self.moving_to == "cpu"
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter(args) if isinstance(tensor, Tensor)}
+        for tensor in tree_iter(result):  # what was there before, a weight, may come back as itself or as a view
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self.count(tensor.untyped_storage(), on_host)
         self.peak = max(self.peak, self.now)
         return result
