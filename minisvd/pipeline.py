@@ -6,6 +6,7 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from .video import Video
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-HOST = torch.device("cpu")
+HOST, logger = torch.device("cpu"), logging.getLogger(__name__)
 FAMILIAR = 10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 and up, 26 photos up to 8.8
 
 
@@ -422,5 +423,6 @@ def load(
     dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
     parts = checkpoint.load(device=HOST if low_memory else device, dtype=dtype, vcut=vcut, copy=copy)
+    logger.info("loaded %s, a %s, on %s in %s", checkpoint.path, checkpoint.layout, device, dtype)
     svd = StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)
     return svd.economise(ECONOMIES[-bool(low_memory)], device)

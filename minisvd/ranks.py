@@ -43,11 +43,9 @@ def join() -> tuple[Store, int]:
 
 def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str, Any]) -> list[Job]:
     """Make what is planned until nothing is left, and say the path of each video on stdout. Returns the jobs with what
-    they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing.
-
-    What a user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One
-    bar shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`.
-    """
+    they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing. What a
+    user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One bar
+    shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`."""
     while not store.check(["plan"]):
         time.sleep(POLL)  # and not inside the store, where no signal is heard
     batches, about["made"] = json.loads(store.get("plan"))
@@ -80,9 +78,7 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
     return [job for number in range(len(batches) * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
 
 
-def make(
-    jobs: list[Job], args: Namespace, store: Store, model: Model, about: dict[str, Any], bar: tqdm, progress: bool
-) -> None:
+def make(jobs: list[Job], args: Namespace, store: Store, model: Model, about: dict, bar: tqdm, progress: bool) -> None:
     """Make of a batch what is not there, as one call, and write it with its records, each file whole or not at all.
     Raises what any job of it raises; what was written before that has its `seconds`."""
     ready = []

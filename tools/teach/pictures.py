@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minisvd import load
 from minisvd.accounting import BUILDS, Block, by_kind, run_cost, total, unet_blocks, unet_cost
-from minisvd.config import PRESETS, UNetConfig, VAEConfig, Vcut
+from minisvd.config import GenerationConfig, UNetConfig, Vcut
+from minisvd.folder import resolve_configs
 from minisvd.images import load_image
 from minisvd.sampler import SHARE, edm_sigmas, preconditioning
 from tools.output import atomic
@@ -105,6 +106,12 @@ def numbers(block: Block) -> str:
     return f"{cost.parameters:,} parameters, {cost.macs / 1e9:,.2f} G MACs a step"
 
 
+def counted(macs: float) -> str:
+    """In T = 10^12, G or M, three digits of it or more."""
+    size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if macs >= s), (1e6, "M"))
+    return f"{macs / size:,.0f} {unit}" if macs >= 100 * size else f"{macs / size:.3g} {unit}"
+
+
 def sort_of(block: Block) -> str:
     """resnets, attentions, downsamplers, ..., or the name of one that is alone."""
     return block.name.split(".")[-2] if "." in block.name else block.name
@@ -187,7 +194,7 @@ def draw_u(d: Drawing, blocks: Sequence[Block], top: float) -> float:
         c, h, w = left[-1].leaves
         d.text(middle_x, y + 16, f"{c} channels, {h}x{w}", 13, "ink", "middle", True)
         d.text(middle_x, y + 33, f"{cost.parameters / 1e6:,.1f} M parameters", 12, "faint", "middle")
-        d.text(middle_x, y + 48, f"{cost.macs / 1e9:,.1f} G MACs a step", 12, "faint", "middle")
+        d.text(middle_x, y + 48, f"{counted(cost.macs)} MACs a step", 12, "faint", "middle")
         if level + 1 < len(down):
             ends.append((left[-1], down[level + 1][0]))
             ends.append((up[level + 1][-1], right[0]))
@@ -249,7 +256,7 @@ def draw_builds(d: Drawing, config: UNetConfig, frames: int, size: tuple[int, in
         cost = unet_cost(config, frames, size, build=form)
         d.text(20, y + 20, f"vcut={build!r}", 13, bold=True)
         d.text(20, y + 36, f"{cost.parameters:,} parameters", 11, "faint")
-        d.text(20, y + 50, f"{cost.macs / 1e12:,.3f} T MACs a step", 11, "faint")
+        d.text(20, y + 50, f"{counted(cost.macs)} MACs a step", 11, "faint")
         x = 190.0
         for i, (temporal, kind) in enumerate(chain, start=1):
             stands = {"SCA": form.sca, "TCA": form.tca}.get(kind, "")
@@ -273,9 +280,8 @@ def draw_builds(d: Drawing, config: UNetConfig, frames: int, size: tuple[int, in
 # --- the two stages -------------------------------------------------------------------------------------------------
 
 
-def stages(name: str, cut_step: int) -> str:
+def stages(name: str, config: UNetConfig, generation: GenerationConfig, factor: int, cut_step: int) -> str:
     """Noise levels on a logarithmic scale; below each step the branches that run in it, and the cost of both ways."""
-    generation, config, factor = PRESETS[name].generation, UNetConfig(), VAEConfig().factor
     steps, size = generation.steps, (generation.size[0] // factor, generation.size[1] // factor)
     levels = edm_sigmas(steps)[:-1].tolist()
     title = f"Two stages: {name}, {steps} steps, guided before step c = {cut_step}"
@@ -325,7 +331,7 @@ def stages(name: str, cut_step: int) -> str:
         y += 22
         d.text(20, y + 4, words, 11.5)
         d.rect(left + 250, y - 7, bar * macs / full, 14, fill, "", 2)
-        d.text(left + 256 + bar * macs / full, y + 4, f"{macs / 1e12:,.0f} T ({macs / full:.1%})", 11.5)
+        d.text(left + 256 + bar * macs / full, y + 4, f"{counted(macs)} ({macs / full:.1%})", 11.5)
     d.height = y + 24
     return d.svg()
 
@@ -388,24 +394,24 @@ def theorem(model: str, image: str | Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.teach.pictures", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--model", choices=PRESETS, default="svd", help="of u.svg and stages.svg (default: %(default)s)"
-    )
+    source = "of u.svg and stages.svg: a preset, folder, file or hub id (default: %(default)s)"
+    parser.add_argument("--model", default="svd", metavar="M", help=source)
     parser.add_argument("--cut-step", type=int, default=PAPER_CUT, metavar="C", help="default: %(default)s")
     parser.add_argument("--image", type=Path, default=Path("weights/tiny/example.png"), help="of theorem.svg")
     parser.add_argument("-o", "--out", type=Path, default=Path("tools/results"), help="a folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    generation, factor = PRESETS[args.model].generation, VAEConfig().factor
+    configs, generation = resolve_configs(args.model)
+    config, factor, name = configs["unet"], configs["vae"].factor, Path(args.model).name
     (w, h), t = generation.size, generation.num_frames
-    title = f"The U of {args.model}: {t} frames of {w}x{h}, guided"
-    for name, picture in (
-        ("u.svg", u(UNetConfig(), t, (w // factor, h // factor), title)),
-        ("stages.svg", stages(args.model, args.cut_step)),
+    title = f"The U of {name}: {t} frames of {w}x{h}, guided"
+    for file, picture in (
+        ("u.svg", u(config, t, (w // factor, h // factor), title)),
+        ("stages.svg", stages(name, config, generation, factor, args.cut_step)),
         ("theorem.svg", theorem("tiny", args.image)),
     ):
-        with atomic(args.out / name) as path:
+        with atomic(args.out / file) as path:
             path.write_text(picture, encoding="utf-8")
-        print(args.out / name)
+        print(args.out / file)
 
 
 if __name__ == "__main__":
