@@ -147,8 +147,8 @@ def guided_denoiser(
 
         return denoised
 
-    zero_and_given = (torch.cat([torch.zeros_like(x), x]) for x in (image_embeds, image_latent))
-    two = conditioned_on(*zero_and_given, torch.cat([added_time_ids, added_time_ids]))
+    embeds, latent = (torch.cat([torch.zeros_like(x), x]) for x in (image_embeds, image_latent))
+    two = conditioned_on(embeds, latent, torch.cat([added_time_ids, added_time_ids]))
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         d_0, d_c = two(torch.cat([x, x]), sigma).chunk(2)
