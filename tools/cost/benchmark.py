@@ -19,6 +19,7 @@ The last line is one JSON object with everything.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -314,6 +316,8 @@ def measured_peak(forward: Callable[[], Tensor], device: str) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         forward()
         return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or the next forward would not be seen to take it
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     except OSError:
@@ -327,7 +331,7 @@ def counted_peaks(part: str, setting: Setting) -> dict[str, float]:
     """Bytes of live tensors at the most, by shapes, of every forward that shapes alone can run."""
     shapes = replace(setting, device="meta", compile=False)
     original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
-    found = {}
+    found: dict[str, float] = {}
     try:
         for name, forward in forwards_of(part, shapes).items():
             with LiveBytes() as live:

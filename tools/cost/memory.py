@@ -62,8 +62,9 @@ class LiveBytes(TorchDispatchMode):
         if self.moving_to:
             on_host = self.moving_to == "cpu"
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter(args) if isinstance(tensor, Tensor)}
+        for tensor in tree_iter(result):  # what was there before, a weight, may come back as itself or as a view
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self.count(tensor.untyped_storage(), on_host)
         self.peak = max(self.peak, self.now)
         return result
@@ -90,7 +91,7 @@ class Moves(TorchFunctionMode):
         self.live = live
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        device = args[1] if func is Tensor.to and isinstance(args[1], torch.device) else None
+        device = args[1] if func is Tensor.to and isinstance((*args, None)[1], torch.device) else None
         if device is None or not args[0].is_meta:
             return func(*args, **(kwargs or {}))
         if (device.type == "cpu") == self.live.is_on_host(args[0]):
@@ -101,7 +102,7 @@ class Moves(TorchFunctionMode):
         return copy
 
 
-def fused(q: Tensor, *_: Tensor) -> Tensor:
+def fused(q: Tensor, *_: Any, **__: Any) -> Tensor:
     """What a fused attention kernel allocates."""
     return torch.empty_like(q)
 
