@@ -17,48 +17,32 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .config import UNetConfig, Vcut, check
+from .config import Size, UNetConfig, Vcut, check
 
 SPATIAL_TAPS, TEMPORAL_TAPS = 9, 3  # kernels 3x3 and 3x1x1
-KINDS = (
-    "embedding",
-    "convolution",
-    "temporal convolution",
-    "projection",
-    "self-attention",
-    "temporal self-attention",
-    "SCA",
-    "TCA",
-    "feed-forward",
-    "temporal feed-forward",
-    "blend",
-)
-"""What a site is there for. A norm belongs to the kind that it comes before."""
+KINDS = (  # what a site is there for; a norm belongs to the kind that it comes before
+    "embedding", "convolution", "temporal convolution", "projection", "self-attention", "temporal self-attention",
+    "SCA", "TCA", "feed-forward", "temporal feed-forward", "blend",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Build:
-    """What stands at the cross-attentions in space (SCA) and along time (TCA).
-
-    sca, tca    "attention", "linear" (a CachedCondLinear, outside of the step) or "none"
-    repeated    noise level, frame number and image are projected anew for every frame, and for TCA every place, that
-                they serve, as diffusers does; minisvd projects them once for each video
-    """
+    """What stands at the cross-attentions in space (SCA) and along time (TCA): "attention", "linear" (a
+    CachedCondLinear, outside of the step) or "none". `repeated`: noise level, frame number and image are projected anew
+    for every frame, and for TCA every place, that they serve, as diffusers does; minisvd projects them once a video."""
 
     sca: str
     tca: str
     repeated: bool = False
 
 
-BUILDS: dict[Vcut, Build] = {
+BUILDS: dict[Vcut, Build] = {  # by the `vcut` of SpatioTemporalUNet
     False: Build("attention", "attention"),
     "lossless": Build("linear", "linear"),
     True: Build("linear", "none"),
 }
-"""By the `vcut` of SpatioTemporalUNet."""
-
-PUBLISHED = Build("attention", "attention", repeated=True)
-"""The released model as diffusers runs it."""
+PUBLISHED = Build("attention", "attention", repeated=True)  # the released model as diffusers runs it
 
 
 @dataclass(frozen=True)
@@ -83,22 +67,20 @@ class Site:
     once: int = 0
 
 
+Sites = Iterator[Site]
+
+
 @dataclass(frozen=True)
 class Block:
-    """A stretch of the U. `enters` and `leaves` are (c, h, w) of each frame, or (c,) of each video's condition.
-
-    level    how deep in the U, 0 outermost
-    skip     channels of the skip that joins those of `enters`, or 0
-    keeps    is what leaves kept as a skip?
-    """
+    """A stretch of the U. `enters` and `leaves` are (c, h, w) of each frame, or (c,) of each video's condition."""
 
     name: str
-    level: int
+    level: int  # how deep in the U, 0 outermost
     enters: tuple[int, ...]
     leaves: tuple[int, ...]
     sites: tuple[Site, ...]
-    skip: int = 0
-    keeps: bool = False
+    skip: int = 0  # channels of the skip that joins those of `enters`
+    keeps: bool = False  # is what leaves kept as a skip?
 
 
 def total(sites: Iterable[Site]) -> Cost:
@@ -107,9 +89,7 @@ def total(sites: Iterable[Site]) -> Cost:
     return Cost(*(sum(column) for column in zip((0, 0, 0, 0), *rows, strict=True)))
 
 
-def unet_cost(
-    config: UNetConfig, frames: int, size: tuple[int, int], batch: int = 2, build: Build = BUILDS[False]
-) -> Cost:
+def unet_cost(config: UNetConfig, frames: int, size: Size, batch: int = 2, build: Build = BUILDS[False]) -> Cost:
     """Parameters, and MACs of one forward. `size` is (w, h) in latent cells; raises what `unet_blocks` raises."""
     return total(site for block in unet_blocks(config, frames, size, batch, build) for site in block.sites)
 
@@ -123,30 +103,19 @@ def by_kind(sites: Iterable[Site]) -> dict[str, Cost]:
 @dataclass(frozen=True)
 class RunCost:
     """MACs of the UNet in one sampling run, and where the rest went: full = by_sharing + by_build + by_guidance + macs.
-
-    full            PUBLISHED, every step guided
-    by_sharing      saved by projecting each condition once for all frames and places that it serves
-    by_build        saved by the build: the cross-attentions of every step, less what its linears cost once a video. A
-                    folded attention costs nothing in a step, so True saves hardly more work than "lossless"
-    by_guidance     saved by running one branch instead of two from cut_step on
-    """
+    A folded attention costs nothing in a step, so the build True saves hardly more work than "lossless"."""
 
     guided: int
     single: int
-    full: int
-    by_sharing: int
-    by_build: int
-    by_guidance: int
+    full: int  # PUBLISHED, every step guided
+    by_sharing: int  # saved by projecting each condition once for all frames and places that it serves
+    by_build: int  # saved by the build: the cross-attentions of every step, less what its linears cost once a video
+    by_guidance: int  # saved by running one branch instead of two from cut_step on
     macs: int
 
 
 def run_cost(
-    config: UNetConfig,
-    frames: int,
-    size: tuple[int, int],
-    steps: int,
-    cut_step: int | None = None,
-    build: Build = BUILDS[False],
+    config: UNetConfig, frames: int, size: Size, steps: int, cut_step: int | None = None, build: Build = BUILDS[False]
 ) -> RunCost:
     """One video in `steps` steps, those before `cut_step` guided (arXiv 2407.19205, two-stage guidance).
 
@@ -175,16 +144,16 @@ def table(sites: Iterable[Site]) -> str:
 
 def ledger(run: RunCost) -> str:
     """Where the MACs of a run went, from the full ones down to its own. T is 10^12."""
-    lines = [f"{run.guided + run.single} steps, {run.guided} guided and {run.single} on one branch (T = 10^12 MACs)"]
-    for name, macs in (
-        ("as diffusers runs it, every step guided", run.full),
-        ("saved: a video's conditions projected once", -run.by_sharing),
-        ("saved: cross-attentions folded or omitted", -run.by_build),
-        ("saved: guidance dropped", -run.by_guidance),
-        ("this run", run.macs),
-    ):
-        lines.append(f"{name:<44}{macs / 1e12:>10,.2f} T{macs / run.full:>9.2%}")
-    return "\n".join(lines)
+    head = f"{run.guided + run.single} steps, {run.guided} guided and {run.single} on one branch (T = 10^12 MACs)"
+    rows = {
+        "as diffusers runs it, every step guided": run.full,
+        "saved: a video's conditions projected once": -run.by_sharing,
+        "saved: cross-attentions folded or omitted": -run.by_build,
+        "saved: guidance dropped": -run.by_guidance,
+        "this run": run.macs,
+    }
+    lines = (f"{name:<44}{macs / 1e12:>10,.2f} T{macs / run.full:>9.2%}" for name, macs in rows.items())
+    return "\n".join([head, *lines])
 
 
 def drawn_in(text: str, encoding: str) -> str:
@@ -197,11 +166,9 @@ def drawn_in(text: str, encoding: str) -> str:
 
 
 def tree(blocks: Iterable[Block]) -> str:
-    """The U as it runs, a line for each block: skips as brackets on the left, depth as indentation.
-
-    Channels are those that enter, + the skip's, → those that leave; h x w is the grid that leaves, of each frame; G is
-    10^9 MACs of one forward.
-    """
+    """The U as it runs, a line for each block: skips as brackets on the left, depth as indentation. Channels are those
+    that enter, + the skip's, → those that leave; h x w is the grid that leaves, of each frame; G is 10^9 MACs of one
+    forward."""
     blocks = list(blocks)
     names = list(under_heads(block.name for block in blocks))
     width, held = sum(block.keeps for block in blocks), 0
@@ -256,7 +223,7 @@ def under_heads(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def unet_blocks(
-    config: UNetConfig, frames: int, size: tuple[int, int], batch: int = 2, build: Build = BUILDS[False]
+    config: UNetConfig, frames: int, size: Size, batch: int = 2, build: Build = BUILDS[False]
 ) -> Iterator[Block]:
     """The blocks of SpatioTemporalUNet in running order, for `batch` videos of `frames` frames.
 
@@ -270,9 +237,6 @@ def unet_blocks(
         if count < 1:
             raise ValueError(f"{name} is {count}; need at least 1")
     grids = [(h >> level, w >> level) for level in range(len(widths))]
-
-    def timestep(name: str, c: int) -> Block:
-        return Block(name, 0, (c,), (c_emb,), tuple(embedding(name, batch, c, c_emb, c_emb)))
 
     def convolved(name: str, level: int, c_in: int, c: int, to: int, keeps: bool = False) -> Block:
         cells = batch * frames * grids[to][0] * grids[to][1]
@@ -289,8 +253,9 @@ def unet_blocks(
         sites = transformer_sites(name, c, config.cross_attention_dim, batch, frames, grid[0] * grid[1], build)
         return Block(name, level, (c, *grid), (c, *grid), tuple(sites), keeps=keeps)
 
-    yield timestep("time_embedding", widths[0])
-    yield timestep("add_embedding", config.num_time_ids * config.addition_time_embed_dim)
+    ids = config.num_time_ids * config.addition_time_embed_dim
+    for name, c in (("time_embedding", widths[0]), ("add_embedding", ids)):
+        yield Block(name, 0, (c,), (c_emb,), tuple(embedding(name, batch, c, c_emb, c_emb)))
     yield convolved("conv_in", 0, config.in_channels, widths[0], to=0, keeps=True)
     x, skips, last = widths[0], [widths[0]], len(widths) - 1
     for level, c in enumerate(widths):
@@ -314,18 +279,15 @@ def unet_blocks(
                 yield transformer(f"up_blocks.{up}.attentions.{i}", level)
         if level > 0:
             yield convolved(f"up_blocks.{up}.upsamplers.0.conv", level, x, x, to=level - 1)
-    norm_out = norm("conv_norm_out", "convolution", x)
-    yield Block("conv_norm_out", 0, (x, *grids[0]), (x, *grids[0]), (norm_out,))
+    yield Block("conv_norm_out", 0, (x, *grids[0]), (x, *grids[0]), (norm("conv_norm_out", "convolution", x),))
     yield convolved("conv_out", 0, x, config.out_channels, to=0)
 
 
-def residual_sites(name: str, c_in: int, c: int, c_emb: int, b: int, t: int, s: int, build: Build) -> Iterator[Site]:
+def residual_sites(name: str, c_in: int, c: int, c_emb: int, b: int, t: int, s: int, build: Build) -> Sites:
     """SpatioTemporalResBlock: in space from c_in to c, then along time, then blended."""
     space, time, rows = f"{name}.spatial_res_block", f"{name}.temporal_res_block", b * t if build.repeated else b
-    for twin, kind, taps, width in (
-        (space, "convolution", SPATIAL_TAPS, c_in),
-        (time, "temporal convolution", TEMPORAL_TAPS, c),
-    ):
+    twins = (space, "convolution", SPATIAL_TAPS, c_in), (time, "temporal convolution", TEMPORAL_TAPS, c)
+    for twin, kind, taps, width in twins:
         yield norm(f"{twin}.norm1", kind, width)
         yield conv(f"{twin}.conv1", kind, b * t * s, taps, width, c)
         yield linear(f"{twin}.time_emb_proj", "embedding", rows, c_emb, c)
@@ -336,41 +298,35 @@ def residual_sites(name: str, c_in: int, c: int, c_emb: int, b: int, t: int, s: 
     yield Site(f"{name}.time_mixer", "blend", parameters=1)
 
 
-def transformer_sites(name: str, c: int, c_context: int, b: int, t: int, s: int, build: Build) -> Iterator[Site]:
+def transformer_sites(name: str, c: int, c_context: int, b: int, t: int, s: int, build: Build) -> Sites:
     """SpatioTemporalTransformer: within a frame over its s tokens, then along time over the t tokens of a place."""
     space, time, tokens = f"{name}.transformer_blocks.0", f"{name}.temporal_transformer_blocks.0", b * t * s
     yield norm(f"{name}.norm", "projection", c)
     yield linear(f"{name}.proj_in", "projection", tokens, c, c)
-    yield norm(f"{space}.norm1", "self-attention", c)
-    yield from attention(f"{space}.attn1", "self-attention", c, tokens, s, tokens, c)
+    yield from attention(space, 1, "self-attention", c, tokens, s, tokens, c)
     yield from cross_attention(space, "SCA", build.sca, c, tokens, b, b * t if build.repeated else b, c_context)
-    yield norm(f"{space}.norm3", "feed-forward", c)
-    yield from feed_forward(f"{space}.ff", "feed-forward", tokens, c)
+    yield from feed_forward(space, "norm3", "ff", "feed-forward", tokens, c)
     yield from embedding(f"{name}.time_pos_embed", b * t if build.repeated else t, c, 4 * c, c)
-    yield norm(f"{time}.norm_in", "temporal feed-forward", c)
-    yield from feed_forward(f"{time}.ff_in", "temporal feed-forward", tokens, c)
-    yield norm(f"{time}.norm1", "temporal self-attention", c)
-    yield from attention(f"{time}.attn1", "temporal self-attention", c, tokens, t, tokens, c)
+    yield from feed_forward(time, "norm_in", "ff_in", "temporal feed-forward", tokens, c)
+    yield from attention(time, 1, "temporal self-attention", c, tokens, t, tokens, c)
     yield from cross_attention(time, "TCA", build.tca, c, tokens, b, b * s if build.repeated else b, c_context)
-    yield norm(f"{time}.norm3", "temporal feed-forward", c)
-    yield from feed_forward(f"{time}.ff", "temporal feed-forward", tokens, c)
+    yield from feed_forward(time, "norm3", "ff", "temporal feed-forward", tokens, c)
     yield Site(f"{name}.time_mixer", "blend", parameters=1)
     yield linear(f"{name}.proj_out", "projection", tokens, c, c)
 
 
-def cross_attention(
-    block: str, kind: str, form: str, c: int, queries: int, b: int, rows: int, c_context: int
-) -> Iterator[Site]:
+def cross_attention(block: str, kind: str, form: str, c: int, queries: int, b: int, rows: int, c_context: int) -> Sites:
     """A transformer block's norm2 and attn2 on one key, in the form that the build gives it."""
     if form == "attention":
-        yield norm(f"{block}.norm2", kind, c)
-        yield from attention(f"{block}.attn2", kind, c, queries, 1, rows, c_context)
+        yield from attention(block, 2, kind, c, queries, 1, rows, c_context)
     elif form == "linear":
         yield Site(f"{block}.attn2", kind, parameters=c_context * c + c, once=b * c_context * c)
 
 
-def attention(name: str, kind: str, c: int, queries: int, keys: int, rows: int, c_context: int) -> Iterator[Site]:
-    """Attention of `queries` tokens to `keys` keys each, out of `rows` context tokens in all."""
+def attention(block: str, i: int, kind: str, c: int, queries: int, keys: int, rows: int, c_context: int) -> Sites:
+    """A block's norm and attention i, of `queries` tokens to `keys` keys each, out of `rows` context tokens in all."""
+    name = f"{block}.attn{i}"
+    yield norm(f"{block}.norm{i}", kind, c)
     yield linear(f"{name}.to_q", kind, queries, c, c, bias=False)
     yield linear(f"{name}.to_k", kind, rows, c_context, c, bias=False)
     yield linear(f"{name}.to_v", kind, rows, c_context, c, bias=False)
@@ -378,13 +334,14 @@ def attention(name: str, kind: str, c: int, queries: int, keys: int, rows: int, 
     yield linear(f"{name}.to_out.0", kind, queries, c, c)
 
 
-def feed_forward(name: str, kind: str, tokens: int, c: int) -> Iterator[Site]:
-    """GEGLU to 4c, of which the gate is as much again, and back."""
-    yield linear(f"{name}.net.0.proj", kind, tokens, c, 8 * c)
-    yield linear(f"{name}.net.2", kind, tokens, 4 * c, c)
+def feed_forward(block: str, norm_name: str, name: str, kind: str, tokens: int, c: int) -> Sites:
+    """A norm, then GEGLU to 4c, of which the gate is as much again, and back."""
+    yield norm(f"{block}.{norm_name}", kind, c)
+    yield linear(f"{block}.{name}.net.0.proj", kind, tokens, c, 8 * c)
+    yield linear(f"{block}.{name}.net.2", kind, tokens, 4 * c, c)
 
 
-def embedding(name: str, rows: int, c_in: int, c_hidden: int, c_out: int) -> Iterator[Site]:
+def embedding(name: str, rows: int, c_in: int, c_hidden: int, c_out: int) -> Sites:
     yield linear(f"{name}.linear_1", "embedding", rows, c_in, c_hidden)
     yield linear(f"{name}.linear_2", "embedding", rows, c_hidden, c_out)
 

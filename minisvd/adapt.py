@@ -24,9 +24,9 @@ def rebuilt(unet: SpatioTemporalUNet, state: dict[str, Tensor], **changes: Any) 
     """The network of `state`, with `changes` to the config: in the mode of `unet`, and trainable where that is."""
     new = on_meta(SpatioTemporalUNet, replace(unet.config, **changes))
     new.load_state_dict(state, assign=True)
-    trainable = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    old = dict(unet.named_parameters())
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(trainable.get(name, True))
+        parameter.requires_grad_(name not in old or old[name].requires_grad)
     return new.train(unet.training)
 
 
@@ -45,14 +45,13 @@ def fold(unet: SpatioTemporalUNet, vcut: Vcut, key: Tensor | None = None) -> Spa
         raise ValueError(f"the UNet is built with vcut={built!r}; it cannot become {vcut!r}")
     if key is not None and (vcut is False or key.shape != (c,)):
         raise ValueError(f"key has shape {list(key.shape)} and vcut is {vcut!r}; need [{c}] and a folded build")
-    names = on_meta(SpatioTemporalUNet, replace(unet.config, vcut=vcut)).state_dict()
     given, state = unet.state_dict(), {}
-    for name in names:
+    for name in on_meta(SpatioTemporalUNet, replace(unet.config, vcut=vcut)).state_dict():
         read, join = sources(name, FOLD_GATHER if built is False and vcut is not False else [], [])
         state[name] = join(*(given[one] for one in read)).to(given[read[0]].dtype)
     if key is None:
         return rebuilt(unet, state, vcut=vcut)
-    for name in [name for name in names if name.endswith("attn2.weight")]:
+    for name in [name for name in state if name.endswith("attn2.weight")]:
         weight, bias = state[name], state[site := name.replace("weight", "bias")]
         state[site] = (bias.double() + weight.double() @ key.to(weight).double()).to(bias)
         state[name] = weight[:, :0]

@@ -51,6 +51,7 @@ class Attention(nn.Module):
         k = rearrange(self.to_k(context), "b k (n d) -> b n k d", n=n)
         v = rearrange(self.to_v(context), "b k (n d) -> b n k d", n=n)
         out = F.scaled_dot_product_attention(q, k, v)
+        del q, k, v  # here and below, a name that is not needed is not kept: each holds all tokens of a video
         return self.to_out(rearrange(out, "b n (r s) d -> (b r) s (n d)", r=r))
 
 
@@ -63,18 +64,18 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, g = self.proj(x).chunk(2, dim=-1)
-        return a * F.gelu(g)
+        return F.gelu(g).mul_(a)  # in place, for this is the widest tensor there is
 
 
 class FeedForward(nn.Module):
-    """Linear(GEGLU(x)), four times as wide inside. `net.1` was dropout in training and holds nothing."""
+    """Linear(GEGLU(x)), 4 or 8 times as wide inside. `net.1` was dropout in training and holds nothing."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+        self.net, self.slices = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)), 1  # of x, in turn
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return torch.cat([self.net(part) for part in x.tensor_split(self.slices)])
 
 
 class BasicTransformerBlock(nn.Module):
@@ -114,8 +115,6 @@ class TemporalBasicTransformerBlock(nn.Module):
 
 
 # What else can stand at attn2. `condition` is called once per video, `forward` in every step.
-
-
 class CachedCondLinear(nn.Linear):
     """W c + b: all that a cross-attention to one key c computes, with W = to_out.weight to_v.weight, b = to_out.bias.
 
@@ -207,8 +206,8 @@ class SpatioTemporalTransformer(nn.Module):
         position = self.time_pos_embed(frames.to(x.dtype))  # [t, c]
 
         tokens = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
-        space = self.transformer_blocks[0](tokens, in_space)
-        time = rearrange(space, "(b t) s c -> (b s) t c", b=b) + position
+        tokens = self.transformer_blocks[0](tokens, in_space)
+        time = rearrange(tokens, "(b t) s c -> (b s) t c", b=b) + position
         time = self.temporal_transformer_blocks[0](time, in_time)
-        tokens = self.time_mixer(space, rearrange(time, "(b s) t c -> (b t) s c", b=b))
+        tokens = self.time_mixer(tokens, rearrange(time, "(b s) t c -> (b t) s c", b=b))
         return x + rearrange(self.proj_out(tokens), "bt (h w) c -> bt c h w", h=h)

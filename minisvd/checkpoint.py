@@ -25,21 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import folder
 from .clip import ImageEncoder
 from .config import PRESETS, XT, ClipConfig, GenerationConfig, UNetConfig, VAEConfig, Vcut, shown
-from .folder import (
-    CONFIG_FILES,
-    GENERATION_FILE,
-    PARTS,
-    PICKLES,
-    PREPROCESSOR_FILE,
-    check_together,
-    choose,
-    list_folder,
-    pickle_refusal,
-    read_config,
-    read_generation,
-)
 from .layouts import DROPPED, FOLDER, OWNED, SINGLE_FILE, Join, rules, sources
 from .unet import SpatioTemporalUNet
 from .vae import AutoencoderKLTemporalDecoder
@@ -63,8 +51,8 @@ class Entry(NamedTuple):
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, none of them read. Raises ValueError for any other or broken file."""
-    if path.suffix in PICKLES:
-        raise ValueError(pickle_refusal(path))
+    if path.suffix in folder.PICKLES:
+        raise ValueError(folder.pickle_refusal(path))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file, the only format that is read")
     with open(path, "rb") as file:
@@ -87,10 +75,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_tensor(file: BufferedReader, entry: Entry, pages: mmap | None = None) -> Tensor:
-    """The file's own `pages`, if given and aligned; else read into memory of its own.
-
-    What is to be converted is better read: mapped, every page of it would count until the mapping's end.
-    """
+    """The file's own `pages`, if given and aligned; else read into memory of its own. What is to be converted is better
+    read: mapped, every page of it would count until the mapping's end."""
     dtype, size = DTYPES[entry.dtype], entry.stop - entry.start
     if pages is not None and size and entry.start % dtype.itemsize == 0:
         buffer = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=entry.start)
@@ -103,11 +89,9 @@ def read_tensor(file: BufferedReader, entry: Entry, pages: mmap | None = None) -
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights that were found and whose headers are sound; nothing is read yet.
-
-    `layout` is "folder" or "single file"; `path` is that folder or file; `files` and `configs` have one entry per
-    part asked for ("unet", "vae", "clip"); `generation` is what a call leaves to the model.
-    """
+    """Weights that were found and whose headers are sound; nothing is read yet. `layout` is "folder" or "single file";
+    `path` is that folder or file; `files` and `configs` have one entry per part asked for ("unet", "vae", "clip");
+    `generation` is what a call leaves to the model."""
 
     layout: str
     path: Path
@@ -117,13 +101,9 @@ class Checkpoint:
     generation: GenerationConfig
 
     def load(
-        self,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
-        vcut: Vcut | None = None,
-        copy: bool = False,
-    ) -> dict[str, Any]:
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32,
+        vcut: Vcut | None = None, copy: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
         """Every part as a module in eval mode: {"unet": ..., "vae": ..., "clip": ...}.
 
         `vcut` is the UNet's build, None that of its config. From attention to `CachedCondLinear` each weight is folded,
@@ -173,10 +153,8 @@ class Checkpoint:
 
     def plan(self, part: str, module: nn.Module) -> dict[str, tuple[list[str], Join]]:
         """For each parameter of `module` its sources, all of which exist and fit; every other tensor is accounted for.
-
-        The file must hold the whole of its own build; a folded UNet leaves out just what has no effect on it.
-        Raises ValueError naming the first tensor that is missing, unknown, of an unreadable dtype or misshapen.
-        """
+        The file must hold the whole of its own build; a folded UNet leaves out just what has no effect on it. Raises
+        ValueError naming the first tensor that is missing, unknown, of an unreadable dtype or misshapen."""
         where, header = self.files[part], self.headers[part]
         layout, config = self.layout, self.configs[part]
         fold = isinstance(module, SpatioTemporalUNet) and config.vcut is False and module.config.vcut is not False
@@ -208,11 +186,9 @@ class Checkpoint:
 
 
 def checked_dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    """The dtype of a name such as "float16", or that dtype. Raises ValueError unless it has fractions.
-
-    "auto": float16 on cuda; bfloat16 on a CPU that multiplies it (AVX-512 BF16 or AMX); else float32. Products are then
-    several times as fast, and the small model's frames 56 dB (PSNR) from those in float32.
-    """
+    """The dtype of a name such as "float16", or that dtype. Raises ValueError unless it has fractions. "auto": float16
+    on cuda; bfloat16 on a CPU that multiplies it (AVX-512 BF16 or AMX); else float32. Products are then several times
+    as fast, and the small model's frames 56 dB (PSNR) from those in float32."""
     if dtype == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         dtype = {"cuda": torch.float16, "cpu": torch.bfloat16 if fast else torch.float32}.get(device.type, "float32")
@@ -255,14 +231,9 @@ def some(names: list[str]) -> str:
 
 
 def resolve(
-    source: str | Path,
-    *,
-    parts: Sequence[str] = PARTS,
-    configs: Mapping[str, Any] | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-) -> Checkpoint:
+    source: str | Path, *, parts: Sequence[str] = folder.PARTS, configs: Mapping[str, Any] | None = None,
+    variant: str | None = None, revision: str | None = None, offline: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Find the weights of `parts`, download them if need be, and check their headers and configs.
 
     `source` is, tried in this order: a preset ("tiny", "svd", "svd-xt", "svd-xt-1-1"; a folder of that name is ./tiny);
@@ -285,26 +256,22 @@ def resolve(
     elif revision is not None:
         raise ValueError(f"revision {revision!r} is for a hub id, but {path} is local: leave it out")
     if path.is_dir():
-        inside = "unet/" if is_unet_folder(path) and list(parts) == ["unet"] else ""  # where its files would be
-        names = choose([inside + name for name in list_folder(path)], parts, variant, str(path))
+        alone = (path / "config.json").is_file() and not (path / folder.CONFIG_FILES["unet"]).is_file()
+        inside = "unet/" if alone and list(parts) == ["unet"] else ""  # where the files of a `unet/` folder would be
+        names = folder.choose([inside + name for name in folder.list_folder(path)], parts, variant, str(path))
         layout, files = FOLDER, {part: path / name.removeprefix(inside) for part, name in names.items()}
-        stated = {part: CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
-        configs |= {part: read_config(part, path, name) for part, name in stated.items()}
-        generation = read_generation(path, released)
+        stated = {part: folder.CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
+        configs |= {part: folder.read_config(part, path, name) for part, name in stated.items()}
+        generation = folder.read_generation(path, released)
     elif variant is not None:
         raise ValueError(f"variant {variant!r} chooses among a folder's files, but {path} is a file: leave it out")
     else:
         layout, files = SINGLE_FILE, dict.fromkeys(parts, path)
         configs = {part: configs.get(part, RELEASED[part]) for part in parts}
         generation = XT if "xt" in path.name.lower() else GenerationConfig()
-    check_together(configs)
+    folder.check_together(configs)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
     return Checkpoint(layout, path, files, {part: headers[files[part]] for part in parts}, configs, generation)
-
-
-def is_unet_folder(path: Path) -> bool:
-    """Is this a `unet/` folder by itself?"""
-    return (path / "config.json").is_file() and not (path / CONFIG_FILES["unet"]).is_file()
 
 
 def locate(source: str | Path) -> Path | None:
@@ -323,14 +290,13 @@ def locate(source: str | Path) -> Path | None:
             if place.is_dir():
                 return place
         raise FileNotFoundError(f"the weights of tiny, weights/tiny, are neither in nor beside {package}: reinstall")
-    if isinstance(source, Path) or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", *PICKLES):
+    if isinstance(source, Path) or name.startswith((".", "/", "~")) or path.suffix in (".safetensors", *folder.PICKLES):
         raise FileNotFoundError(f"there is no file or folder {name}: check the path")
     if name not in PRESETS and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         names = ["tiny", *PRESETS]
         hint = "".join(f"did you mean {close!r}? Else " for close in get_close_matches(name, names, n=1))
-        raise ValueError(
-            f"unknown model {name!r}: {hint}give one of {', '.join(names)}, a path, or a hub id owner/name"
-        )
+        hint += f"give one of {', '.join(names)}, a path, or a hub id owner/name"
+        raise ValueError(f"unknown model {name!r}: {hint}")
     return None
 
 
@@ -339,9 +305,9 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
     from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download  # slow to import
 
     page, names, said = f"{constants.ENDPOINT}/{hub_id}", [], ""
-    meant = hub_id in [preset.source for preset in PRESETS.values()]
-    or_path = "" if meant else f"; if {hub_id} is a path, there is nothing there"
-    patterns = [*CONFIG_FILES.values(), PREPROCESSOR_FILE, GENERATION_FILE]
+    preset = any(hub_id == preset.source for preset in PRESETS.values())
+    or_path = "" if preset else f"; if {hub_id} is a path, there is nothing there"
+    patterns = [*folder.CONFIG_FILES.values(), folder.PREPROCESSOR_FILE, folder.GENERATION_FILE]
     try:
         try:
             if not offline:
@@ -352,23 +318,20 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
         except Exception as error:  # no connection, in the words of whichever HTTP library the hub's client uses
             said = f" ({shown_error(error)})"
         if names:
-            patterns += choose(names, parts, variant, hub_id).values()
+            patterns += folder.choose(names, parts, variant, hub_id).values()
         for name in [name for name in names if name in patterns] or names[:1]:  # one by one, each with a time limit
             hf_hub_download(hub_id, name, revision=revision)
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
     except errors.GatedRepoError as error:
         raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{page} does not exist or is private: check the name, or run `hf auth login`{or_path}"
-        ) from error
+        remedy = f"check the name, or run `hf auth login`{or_path}"
+        raise ValueError(f"{page} does not exist or is private: {remedy}") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{hub_id} has no revision {revision!r}: see {page}/tree/main for those it has") from error
     except errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{hub_id} is not in the local cache: run once with {constants.ENDPOINT} in reach, not offline"
-            f"{or_path}{said}"
-        ) from error
+        remedy = f"run once with {constants.ENDPOINT} in reach, not offline{or_path}{said}"
+        raise FileNotFoundError(f"{hub_id} is not in the local cache: {remedy}") from error
     except (ValueError, FileNotFoundError):  # what is there cannot be used
         raise
     except Exception as error:
@@ -382,22 +345,13 @@ def shown_error(error: Exception) -> str:
 
 
 def load_unet(
-    source: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str = torch.float32,
-    config: UNetConfig | None = None,
-    vcut: Vcut | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-    copy: bool = False,
-) -> SpatioTemporalUNet:
+    source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32,
+    config: UNetConfig | None = None, vcut: Vcut | None = None,
+    variant: str | None = None, revision: str | None = None, offline: bool = False, copy: bool = False,
+) -> SpatioTemporalUNet:  # fmt: skip
     """The UNet alone, in eval mode; of a hub id only the UNet is downloaded. Arguments and errors as for `resolve`.
-
-    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build and
-    `copy` keeps no file mapped, as for `Checkpoint.load`.
-    """
+    `config` replaces what config.json says, or the released sizes for a single file. `vcut` is the build and `copy`
+    keeps no file mapped, as for `Checkpoint.load`."""
     configs = {"unet": config} if config else None
     found = resolve(source, parts=["unet"], configs=configs, variant=variant, revision=revision, offline=offline)
     return found.load(device=device, dtype=dtype, vcut=vcut, copy=copy)["unet"]

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .pipeline import StableVideoDiffusion
 
 LONGEST_RANGE = 10_000  # seeds; more is a typing error, not a wish
-OUT_OF_MEMORY = "out of memory: try --decode-chunk 1, a smaller --size, fewer --frames, or --dtype float16"
+OUT_OF_MEMORY = "out of memory: try --low-memory, a smaller --size, fewer --frames, or --dtype float16"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,9 +184,17 @@ def account(args: argparse.Namespace) -> None:
     branches = 2 if run.guided else 1
     blocks = list(unet_blocks(config, frames, latent, branches, build))
     sites = [site for block in blocks for site in block.sites]
+    needs, configs["unet"] = {}, replace(config, vcut=vcut)
+    if args.memory:
+        from .memory import ECONOMIES, peaks
+
+        chosen, bytes_each = replace(generation, num_frames=frames, size=(width, height)), DTYPES[args.memory]
+        needs = {
+            of.name: need for of, need in zip(ECONOMIES, peaks(configs, chosen, bytes_each, branches), strict=True)
+        }
     if args.json:
         asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
-        asked |= {"cut_step": args.cut_step, "branches": branches}
+        asked |= {"cut_step": args.cut_step, "branches": branches, "memory": needs}
         kinds = {kind: asdict(cost) for kind, cost in by_kind(sites).items()}
         drawn = {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
         print(json.dumps({**asked, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}))
@@ -196,6 +204,7 @@ def account(args: argparse.Namespace) -> None:
     if args.tree:
         first = {block.name.split(".")[-2]: block for block in reversed(blocks) if "." in block.name}
         parts = [tree(blocks), opened(first["resnets"]), opened(first["attentions"])]
+    parts += ["\n".join(f"{need / 1e9:7.1f} GB on the device, {name}" for name, need in needs.items())] if needs else []
     text = "\n\n".join([f"UNet of {args.model}, vcut={vcut!r}: {step}", *parts, ledger(run)])
     print(drawn_in(text, sys.stdout.encoding or "utf-8"))
 
@@ -222,9 +231,11 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     from .pipeline import load
 
     device, dtype = place(args)
-    source = {"variant": args.variant, "revision": args.revision, "offline": args.offline}
-    source["vcut"] = None if args.vcut is None else VCUT[args.vcut]
-    return load(args.model, device=device, dtype=dtype, **source)
+    chosen: dict[str, Any] = {
+        name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")
+    }
+    svd = load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
+    return svd.compile() if getattr(args, "compile", False) else svd
 
 
 def versions() -> dict[str, str]:
@@ -337,6 +348,8 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add_seed("--seeds", type=parse_seeds, metavar="S", help="a video of each image for each, such as 0-4 or 0,2,5-7")
     add("--zoom", type=int, default=1, metavar="N", help="enlarge the result N times, each pixel a square (default: 1)")
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
+    add("--low-memory", action="store_true", help="least memory, the same video (default on cuda: what fits)")
+    add("--compile", action="store_true", help="compile the UNet, which takes minutes and makes each step faster")
 
     new(info, [model, placed], "load a model and say what it is made of")
     command = new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
@@ -353,6 +366,7 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
     add("--cut-step", type=int, metavar="C", help=cut_step)
     add("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
+    add("--memory", choices=DTYPES, help="count the peak on the device too, from full speed to --low-memory")
     add("--tree", action="store_true", help="draw the U as it runs, block by block")
     add("--json", action="store_true", help="print one JSON object")
     return top

@@ -12,11 +12,9 @@ from .config import ClipConfig
 
 
 class ImageEncoder(nn.Module):
-    """Image [b,3,H,W] in [-1,1] -> CLIP embedding [b,1,projection_dim], not normalised.
-
-    `visual` is `open_clip.transformer.VisionTransformer`, with open_clip's parameter names.
-    Source: arXiv 2103.00020, section 2.4 (the tower); arXiv 2311.15127, section 4 (its use).
-    """
+    """Image [b,3,H,W] in [-1,1] -> CLIP embedding [b,1,projection_dim], not normalised. `visual` is
+    `open_clip.transformer.VisionTransformer`, with open_clip's parameter names. Source: arXiv 2103.00020, section 2.4
+    (the tower); arXiv 2311.15127, section 4 (its use)."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

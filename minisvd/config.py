@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+# What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere
 Vcut = Literal[False, True, "lossless"]
-"""What stands for the cross-attentions: themselves, only linear maps within frames, or linear maps everywhere."""
 Stage2 = Literal["mean", "cond", "uncond"]  # the share of the embedding in stage two: half, all, none
 Schedule = Literal["karras", "ays"]  # of the noise levels: EDM's formula, or the ten that were optimised for SVD
 Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape gets to the model's
+Size = tuple[int, int]  # (width, height)
 
 VCUT: dict[str, Vcut] = {"off": False, "on": True, "lossless": "lossless"}  # as the command line spells it
-DTYPES = ("float32", "float16", "bfloat16")  # that a model runs in
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # that a model runs in, and how many bytes a number takes
 
 NUM_GROUPS = 32  # of every GroupNorm, so that every width is a multiple of it
 
@@ -108,9 +109,8 @@ def check(name: str, value: Any) -> Any:
 
 def check_widths(widths: tuple[int, ...]) -> None:
     if not 1 <= len(widths) <= 8 or any(WIDTH.check("block_out_channels", w) % NUM_GROUPS for w in widths):
-        raise ValueError(
-            f"block_out_channels is {shown(widths)}; need up to 8 multiples of {NUM_GROUPS} (GroupNorm's groups)"
-        )
+        need = f"up to 8 multiples of {NUM_GROUPS} (GroupNorm's groups)"
+        raise ValueError(f"block_out_channels is {shown(widths)}; need {need}")
 
 
 def check_vcut(vcut: object) -> None:
@@ -169,10 +169,8 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The image encoder and temporal decoder, 97,742,847 parameters as released (`vae/config.json`).
-
-    Raises ValueError for a field that no such VAE can have.
-    """
+    """The image encoder and temporal decoder, 97,742,847 parameters as released (`vae/config.json`). Raises ValueError
+    for a field that no such VAE can have."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     latent_channels: int = 4
@@ -191,11 +189,9 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The CLIP vision tower, ViT-H/14 as released (`image_encoder/config.json`).
-
-    Lengths in pixels: `image_size` and `patch_size`. `mean` and `std` are those CLIP was trained with.
-    Raises ValueError for a field that no such tower can have.
-    """
+    """The CLIP vision tower, ViT-H/14 as released (`image_encoder/config.json`). Lengths in pixels: `image_size` and
+    `patch_size`. `mean` and `std` are those CLIP was trained with. Raises ValueError for a field that no such tower can
+    have."""
 
     hidden_size: int = 1280
     num_hidden_layers: int = 32
@@ -225,11 +221,9 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a call leaves to the model: frames, steps, guidance (min, max), size (width, height) in pixels, and how
-    many frames the decoder has in work at a time.
-
-    A folder may state its own in `generation_config.json`, with these field names. Raises ValueError as `check` does.
-    """
+    """What a call leaves to the model: frames, steps, guidance (min, max), size (width, height) in pixels, and how many
+    frames the decoder has in work at a time. A folder may state its own in `generation_config.json`, with these field
+    names. Raises ValueError as `check` does."""
 
     num_frames: int = 14
     steps: int = 25

@@ -11,7 +11,6 @@ The residual blocks run at the eps of the original training code, 1e-5; diffuser
 
 # ruff: noqa: ARG002 (the arguments of __init__ are read from self.config, where diffusers' decorator puts them)
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,33 +83,23 @@ class UNetSpatioTemporalConditionModel(ModelMixin, ConfigMixin):
         return loaded
 
     def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        added_time_ids: Tensor,
+        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, added_time_ids: Tensor,
         return_dict: bool = True,
-    ) -> UNetSpatioTemporalConditionOutput | tuple[Tensor]:
-        """F as `.sample` or [0]; timestep is c_noise = 0.25 ln sigma, a number, 0-d or [b].
-
-        encoder_hidden_states is [b,1,c'], or [b*t,1,c'] where each frame has a key of its own.
-        Raises ValueError for sides that are no multiples of the network's stride, and for keys of another number.
-        """
-        b, t = sample.shape[:2]
-        keys = encoder_hidden_states
+    ) -> UNetSpatioTemporalConditionOutput | tuple[Tensor]:  # fmt: skip
+        """F as `.sample` or [0]; timestep is c_noise = 0.25 ln sigma, a number, 0-d or [b]. encoder_hidden_states is
+        [b,1,c'], or [b*t,1,c'] where each frame has a key of its own. Raises ValueError for sides that are no multiples
+        of the network's stride, and for keys of another number."""
+        (b, t), keys = sample.shape[:2], encoder_hidden_states
         if len(keys) not in (b, b * t):
-            raise ValueError(
-                f"encoder_hidden_states is {list(keys.shape)}; need one row a video, {b}, or a frame, {b * t}"
-            )
+            need = f"need one row a video, {b}, or a frame, {b * t}"
+            raise ValueError(f"encoder_hidden_states is {list(keys.shape)}; {need}")
         if len(keys) != b:
             keys = keys.unflatten(0, (b, t))
         level = torch.as_tensor(timestep, device=sample.device).expand(b)
         out = self.network(sample, level, keys, added_time_ids)
         return UNetSpatioTemporalConditionOutput(sample=out) if return_dict else (out,)
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint
-    ) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint) -> None:
         self.gradient_checkpointing = enable
         checkpoint_activations(self.network, gradient_checkpointing_func if enable else None)
 

@@ -26,11 +26,9 @@ FIXED = {  # fields that may be stated, with the one value that these modules ha
 IGNORED = {  # fields that change nothing here: training, bookkeeping, a default size
     "unet": ("num_frames", "sample_size"),
     "vae": ("force_upcast", "sample_size"),
-    "clip": (
-        *("architectures", "attention_dropout", "dropout", "dtype"),
-        *("initializer_factor", "initializer_range", "torch_dtype", "transformers_version"),
-    ),
-}
+    "clip": ("architectures", "attention_dropout", "dropout", "dtype", "initializer_factor", "initializer_range",
+             "torch_dtype", "transformers_version"),
+}  # fmt: skip
 
 
 def pickle_refusal(path: str | Path) -> str:
@@ -96,7 +94,7 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
         raise ValueError(f"up_block_types is {up}; need down_block_types mirrored, {mirrored}")
     for name in ("cross_attention_dim", "layers_per_block", "transformer_layers_per_block"):
         value = stated.get(name)
-        if isinstance(value, list) and value == value[:1] * len(down):
+        if isinstance(value, list) and value and value == value[:1] * len(down):
             stated[name] = value[0]
     if isinstance(heads := stated["num_attention_heads"], int):
         stated["num_attention_heads"] = [heads] * len(down)
@@ -106,9 +104,8 @@ def unet_config(stated: dict[str, Any]) -> UNetConfig:
     config = as_config(UNetConfig, {**stated, **ours} | ({"cross_attention_dim": 1} if constant else {}), "unet")
     dim = config.addition_time_embed_dim
     if type(ids_width) is not int or ids_width < 1 or ids_width % dim:
-        raise ValueError(
-            f"projection_class_embeddings_input_dim is {ids_width}; need a multiple of addition_time_embed_dim, {dim}"
-        )
+        need = f"need a multiple of addition_time_embed_dim, {dim}"
+        raise ValueError(f"projection_class_embeddings_input_dim is {ids_width}; {need}")
     c_context = 0 if constant else config.cross_attention_dim
     return replace(config, vcut=vcut, num_time_ids=ids_width // dim, cross_attention_dim=c_context)
 
@@ -144,12 +141,9 @@ def typed(field: Any, value: Any) -> Any:
     default = field.default if isinstance(field.default, tuple) else (field.default,)
     values, kind = value if isinstance(field.default, tuple) else [value], type(default[0])
     any_length = get_args(field.type)[-1:] == (...,)
-    if (
-        not isinstance(values, list)
-        or not (any_length or len(values) == len(default))
-        or any(type(v) is not kind and not (kind is float and type(v) is int) for v in values)
-        or (kind is int and min(values, default=1) < 1)
-    ):
+    kinds = {kind, int} if kind is float else {kind}
+    fits = isinstance(values, list) and all(type(v) in kinds for v in values)
+    if not fits or not (any_length or len(values) == len(default)) or (kind is int and min(values, default=1) < 1):
         raise ValueError(f"{field.name} is {shown(value)}; need a value such as {field.default!r}")
     return tuple(kind(v) for v in values) if isinstance(field.default, tuple) else kind(value)
 
@@ -171,11 +165,9 @@ def read_generation(folder: Path, released: GenerationConfig | None) -> Generati
 
 
 def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any], GenerationConfig]:
-    """The configs of "unet" and "vae", and the settings, of a source whose weights are not needed.
-
-    A preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
-    which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them.
-    """
+    """The configs of "unet" and "vae", of "clip" if it is there, and the settings, of a source without its weights. A
+    preset's are known. Of a hub id only the config.json files are downloaded; of a single file the header is read,
+    which has to be that of the released UNet. Raises FileNotFoundError or ValueError for a source without them."""
     if source in PRESETS:
         return {"unet": UNetConfig(), "vae": VAEConfig()}, PRESETS[source].generation
     from .checkpoint import download, locate, resolve  # and with it torch, which a preset does not need
@@ -190,7 +182,8 @@ def resolve_configs(source: str, offline: bool = False) -> tuple[dict[str, Any],
         return found.configs, found.generation
     if missing := [CONFIG_FILES[part] for part in ("unet", "vae") if not (path / CONFIG_FILES[part]).is_file()]:
         raise FileNotFoundError(f"{source} has no {missing[0]}: give a folder that has, or a .safetensors file")
-    return {part: read_config(part, path) for part in ("unet", "vae")}, read_generation(path, released)
+    there = [part for part in PARTS if (path / CONFIG_FILES[part]).is_file()]
+    return {part: read_config(part, path) for part in there}, read_generation(path, released)
 
 
 def check_together(configs: Mapping[str, Any]) -> None:

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import check, shown
+from .config import Size, check, shown
 
 Image.init()
 RASTER = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS = [name for name in RASTER if name in Image.OPEN]  # not PostScript, which Pillow has another program read
 ImageLike = Image.Image | str | Path | np.ndarray | Tensor
-Size = tuple[int, int]
+Colour = str | tuple[int, ...]
 
 
-def load_image(image: ImageLike, size: Size, fit: str = "crop", background: str | tuple[int, ...] = "white") -> Tensor:
+def load_image(image: ImageLike, size: Size, fit: str = "crop", background: Colour = "white") -> Tensor:
     """`image`, brought to `size` (width, height) pixels, as a float32 tensor [b,3,h,w] in [-1,1].
 
     `image` is one of:
@@ -49,15 +49,11 @@ def load_image(image: ImageLike, size: Size, fit: str = "crop", background: str 
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)[None].float().contiguous() / 127.5 - 1
 
 
-def open_image(
-    image: Image.Image | str | Path | np.ndarray, background: str | tuple[int, ...] = "white"
-) -> Image.Image:
+def open_image(image: Image.Image | str | Path | np.ndarray, background: Colour = "white") -> Image.Image:
     """A path, Pillow image or array of bytes as an upright RGB picture. See `load_image`."""
     if isinstance(image, Image.Image):
         return _to_rgb(image, background)
     if isinstance(image, np.ndarray):
-        if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
-            raise ValueError(f"the array is {image.dtype} {list(image.shape)}: give uint8 [h,w,3] or float in [0, 1]")
         return _to_rgb(_array_to_picture(image), background)
     if not isinstance(image, str | PathLike):
         raise ValueError(f"the image is {shown(image)}: give a path, a Pillow image, an array or a tensor")
@@ -79,7 +75,7 @@ def open_image(
         raise ValueError(f"{path} is damaged or of an unusual kind ({error}): save it again as PNG") from error
 
 
-def _to_rgb(picture: Image.Image, background: str | tuple[int, ...]) -> Image.Image:
+def _to_rgb(picture: Image.Image, background: Colour) -> Image.Image:
     if 0 in picture.size:
         raise ValueError(f"the image is {picture.width}x{picture.height}: it has no pixels")
     if picture.mode == "F":
@@ -97,6 +93,8 @@ def _to_rgb(picture: Image.Image, background: str | tuple[int, ...]) -> Image.Im
 
 
 def _array_to_picture(array: np.ndarray) -> Image.Image:
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3):
+        raise ValueError(f"the array is {array.dtype} {list(array.shape)}: give uint8 [h,w,3] or float in [0, 1]")
     if 0 in array.shape or (array.ndim == 3 and array.shape[-1] > 4):
         raise ValueError(f"the array has shape {list(array.shape)}: give [h,w] or [h,w,c] with c = 1 to 4")
     array = array[..., 0] if array.shape[2:] == (1,) else array
@@ -136,8 +134,7 @@ def _fit_tensor(image: Tensor, size: Size, fit: str) -> Tensor:
     if (w, h) == tuple(size):
         return image
     (left, top, right, bottom), inner = _geometry((w, h), size, fit)
-    image = image[..., top:bottom, left:right]
-    image = F.interpolate(image, inner[::-1], mode="bicubic", antialias=True).clamp(-1, 1)
+    image = F.interpolate(image[..., top:bottom, left:right], inner[::-1], mode="bicubic", antialias=True).clamp(-1, 1)
     x, y = _centred(inner, size)
     return F.pad(image, (x, size[0] - inner[0] - x, y, size[1] - inner[1] - y), value=-1.0)
 

@@ -33,11 +33,9 @@ Row = tuple[Path, str, dict[str, Any]]  # an image, the name of its video or "",
 
 
 def find_images(given: list[Path]) -> list[Path]:
-    """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens.
-
-    A pattern with *, ? or [ stands for what matches it. Hidden files and videos of ours are left out, folders inside
-    are not searched. Warns of pictures of other kinds. Raises FileNotFoundError for a folder without images.
-    """
+    """`given`, with each folder replaced by the images in it, sorted: files with an extension that Pillow opens. A
+    pattern with *, ? or [ stands for what matches it. Hidden files and videos of ours are left out, folders inside are
+    not searched. Warns of pictures of other kinds. Raises FileNotFoundError for a folder without images."""
     from PIL import Image
 
     from .images import FORMATS
@@ -59,10 +57,8 @@ def find_images(given: list[Path]) -> list[Path]:
 
 def read_manifest(path: Path) -> list[Row]:
     """The rows of a .jsonl file, an object a line, or of a .csv file with a header: `image`, relative to the manifest's
-    folder, and, where they are to differ from the command line's, `name` of the video and any setting of a call.
-
-    What is empty or null is not given. Raises ValueError, with the row, for what cannot be meant.
-    """
+    folder, and, where they are to differ from the command line's, `name` of the video and any setting of a call. What
+    is empty or null is not given. Raises ValueError, with the row, for what cannot be meant."""
     if path.suffix not in (".csv", ".jsonl") or not path.is_file():
         raise ValueError(f"{path} is no .jsonl or .csv file: check the path of the manifest")
     rows = []
@@ -141,10 +137,8 @@ def fill(template: str, **values: object) -> str:
 def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any], dict[str, Any]]:
     """The videos that a command line of `minisvd generate` asks for, in batches of --batch that differ in nothing but
     what each image may have of its own; what else decides their frames, the build and the weights, by their hashes; and
-    the settings that they have where a manifest's row has no others.
-
-    Raises ValueError or OSError for what no video could be made of, an image only if it is the only one.
-    """
+    the settings that they have where a manifest's row has no others. Raises ValueError or OSError for what no video
+    could be made of, an image only if it is the only one."""
     from .checkpoint import resolve
     from .images import open_image
     from .pipeline import OPTIONAL, PER_IMAGE

@@ -47,11 +47,7 @@ VAE_FILE_GATHER: list[Gather] = [  # its attention was written with 1x1 convolut
 ]
 
 FOLD_GATHER: list[Gather] = [  # a CachedCondLinear from the attention that it stands for, rounded once, at the end
-    (
-        r"(.*\.attn2)\.weight",
-        (r"\1.to_out.0.weight", r"\1.to_v.weight"),
-        lambda out, v: out.double() @ v.double(),
-    ),
+    (r"(.*\.attn2)\.weight", (r"\1.to_out.0.weight", r"\1.to_v.weight"), lambda out, v: out.double() @ v.double()),
     (r"(.*\.attn2)\.bias", (r"\1.to_out.0.bias",), lambda bias: bias),
 ]
 
@@ -131,10 +127,8 @@ def res_block_rename(block: str, written: str) -> list[Rename]:
 
 
 def rules(part: str, layout: str, config: Any, fold: bool = False) -> tuple[list[Gather], list[Rename]]:
-    """The two tables that lead from a part's parameters to the tensors of a layout.
-
-    `fold`: the file holds cross-attentions, the UNet `CachedCondLinear`s.
-    """
+    """The two tables that lead from a part's parameters to the tensors of a layout. `fold`: the file holds
+    cross-attentions, the UNet `CachedCondLinear`s."""
     if part == "unet":
         return FOLD_GATHER if fold else [], unet_file_rename(config) if layout == SINGLE_FILE else []
     if layout == FOLDER:

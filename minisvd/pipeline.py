@@ -6,6 +6,7 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import BROKEN, checked_device, checked_dtype, finite, locate, resolve
 from .clip import ImageEncoder
 from .config import SETTINGS, Fit, GenerationConfig, Schedule, Stage2, Vcut, check, shown
 from .images import ImageLike, load_image
+from .memory import ECONOMIES, Economy, sliced
 from .sampler import SIGMAS, GuidanceSchedule, euler_steps, guided_denoiser, initial_latents
 from .save import save_folder
 from .unet import SpatioTemporalUNet
@@ -33,9 +35,8 @@ from .video import Video
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FAMILIAR = (
-    10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 or more, 26 photos at most 8.8
-)
+HOST, logger = torch.device("cpu"), logging.getLogger(__name__)
+FAMILIAR = 10.5  # decibels of `familiarity`: 200 scenes of the small model's kind have 12.7 and up, 26 photos up to 8.8
 
 
 class Settings(TypedDict, total=False):
@@ -101,6 +102,8 @@ class StableVideoDiffusion:
 
     `source` and `layout` say where the weights came from; `generation` holds what a call leaves out.
     """
+
+    economy, works_on, doing = ECONOMIES[0], None, "denoising"  # changed by `economise` and `compile`
 
     def __init__(
         self,
@@ -206,14 +209,17 @@ class StableVideoDiffusion:
             inputs = [tensor[rows].to(self.device) for tensor in (pixels, added_time_ids, aug_noise, noise)]
             latents = self.sample(*inputs, sigmas=noise_levels, schedule=guide, callback=callback, progress=progress)
             blocks = sum(isinstance(module, VideoResBlock) for module in self.vae.modules())
-            with tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress) as bar:
-                frames = self.vae.decode(latents, chosen["decode_chunk"], callback=bar.update)
-            if not finite(frames):
-                if broken := self.broken():
-                    raise ValueError(f"the frames are no finite numbers: {broken}")
-                warnings.warn(f"decoding left the range of {frames.dtype} and is done again in float32", stacklevel=3)
-                frames = copy.deepcopy(self.vae).float().decode(latents, chosen["decode_chunk"])
-            frames = ((frames.float() + 1) / 2).clamp(0, 1).cpu()
+            bar = tqdm(total=blocks, desc="decoding ", unit="block", disable=not progress)
+            decoding = latents, chosen["decode_chunk"], self.economy.hold
+            with bar, visit(self.vae, latents.device):
+                frames = self.vae.decode(*decoding, bar.update)
+                if not finite(frames):
+                    if broken := self.broken():
+                        raise ValueError(f"the frames are no finite numbers: {broken}")
+                    left = f"decoding left the range of {frames.dtype} and is done again in float32"
+                    warnings.warn(left, stacklevel=3)
+                    frames = copy.deepcopy(self.vae).float().decode(*decoding)
+            frames = ((frames.to(HOST).float() + 1) / 2).clamp(0, 1)
             videos += [Video(frames[i], fps=each_fps[row]) for i, row in enumerate(rows)]
         return videos if isinstance(image, list) or (isinstance(image, Tensor) and image.ndim == 4) else videos[0]
 
@@ -231,20 +237,45 @@ class StableVideoDiffusion:
         progress: bool,
     ) -> Tensor:
         """One batch of images [b,3,H,W] -> latents [b,t,4,h,w], with a bar over the steps."""
-        embeds = self.clip(pixels)
-        latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
-        denoise = guided_denoiser(self.unet, embeds, latent, added_time_ids, schedule)
+        with visit(self.clip, noise.device):
+            embeds = self.clip(pixels)
+        with visit(self.vae, noise.device):
+            latent = self.vae.encode(pixels + added_time_ids[:, 2, None, None, None] * aug_noise)
+        unet = sliced(self.unet, self.economy.slices)
+        network = RowByRow(unet) if self.economy.in_turn else unet
+        denoise = guided_denoiser(network, embeds, latent, added_time_ids, schedule)
         latents = initial_latents(noise, sigmas)
         steps = euler_steps(denoise, latents, sigmas.to(noise.device, torch.float32))
-        for step in tqdm(steps, total=len(sigmas) - 1, desc="denoising", unit="step", disable=not progress):
-            latents = step.latents
-            if not finite(latents):
-                remedy = "run in float32 or bfloat16" if embeds.dtype == torch.float16 else "check guidance and sigmas"
-                where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
-                raise ValueError(f"the latents are no finite numbers after {where}: {self.broken() or remedy}")
-            if callback is not None:
-                callback(*step)
+        with visit(self.unet, noise.device):
+            for step in tqdm(steps, total=len(sigmas) - 1, desc=self.doing, unit="step", disable=not progress):
+                latents = step.latents
+                if not finite(latents):
+                    remedy = "run in float32 or bfloat16" if embeds.dtype == torch.half else "check guidance and sigmas"
+                    where = f"step {step.number} of {len(sigmas) - 1}, at sigma {step.sigma:g}"
+                    raise ValueError(f"the latents are no finite numbers after {where}: {self.broken() or remedy}")
+                if callback is not None:
+                    callback(*step)
         return latents
+
+    def economise(self, economy: Economy, device: torch.device | None = None) -> StableVideoDiffusion:
+        """Take less memory from now on, working on `device`, by default the present one. Returns the model, changed."""
+        device = device or self.device
+        for part in (self.unet, self.vae, self.clip):
+            part.to(HOST if economy.visiting else device)
+        self.economy, self.works_on = economy, device if economy.visiting else None
+        return self
+
+    def compile(self, **how: Any) -> StableVideoDiffusion:
+        """torch.compile(..., **how) the UNet, in one graph for guided steps and one for single ones, each made in the
+        first that needs it. Returns the model, changed. Raises ValueError where no compiler works."""
+        try:
+            torch.compile(torch.neg, **how)(torch.zeros(8, device=self.device))
+        except Exception as error:  # each backend has its own
+            need = "install a C++ compiler, and Triton for cuda, or do not compile"
+            raise ValueError(f"torch.compile does not work on {self.device}: {need}") from error
+        self.unet.compile(**how)
+        self.doing = "denoising, first step of a kind compiles"
+        return self
 
     def broken(self) -> str:
         """The first weight that is no finite number, and what to do about it; else nothing."""
@@ -274,14 +305,15 @@ class StableVideoDiffusion:
         image [1,3,H,W] in [-1,1]. A picture of another kind than the training's comes back as a blur.
         """
         x = image.to(self.device)
-        y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
+        with visit(self.vae, self.device):
+            y = self.vae.decode(self.vae.config.scaling_factor * self.vae.encode(x)[:, None])[:, 0]
         error, spread = (x - y.float()).square().mean(), (x - x.mean((2, 3), keepdim=True)).square().mean()
         return (10 * torch.log10(spread.clamp(min=1e-6) / error)).item()
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.vae.quant_conv.weight.device
+        """Where the parts work: where the weights are, unless they only visit there."""
+        return self.works_on or self.vae.quant_conv.weight.device
 
     def check_parts(self) -> None:
         """Raise ValueError unless the parts are on one device and in one dtype."""
@@ -296,6 +328,36 @@ class StableVideoDiffusion:
         if any(side % stride for side in size):
             near = tuple(max(stride, round(side / stride) * stride) for side in size)
             raise ValueError(f"size is {size[0]}x{size[1]}; need multiples of {stride}, such as {near[0]}x{near[1]}")
+
+
+class RowByRow:
+    """A UNet that runs on one row of the batch after the other, and so on one branch of a guided step at a time."""
+
+    def __init__(self, unet: SpatioTemporalUNet) -> None:
+        self.unet = unet
+
+    def condition(self, image_embeds: Tensor) -> list[Any]:
+        return [self.unet.condition(row) for row in image_embeds.split(1)]
+
+    def __call__(
+        self, sample: Tensor, c_noise: Tensor, image_embeds: Tensor, added_time_ids: Tensor, conditions: Any
+    ) -> Tensor:
+        rows = zip(*(each.split(1) for each in (sample, image_embeds, added_time_ids)), conditions, strict=True)
+        return torch.cat([self.unet(row, c_noise, *others) for row, *others in rows])
+
+
+@contextmanager
+def visit(part: nn.Module, device: torch.device) -> Iterator[None]:
+    """A part's weights are on the device meanwhile: as copies, if they are elsewhere."""
+    tables: list[Any] = [table for module in part.modules() for table in (module._parameters, module._buffers)]
+    home = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({name: x if x is None else x.to(device) for name, x in table.items()})
+        yield
+    finally:
+        for table, weights in zip(tables, home, strict=True):
+            table.update(weights)
 
 
 def per_row(name: str, values: list[Any], b: int) -> list[Any]:
@@ -345,6 +407,7 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     copy: bool = False,
+    low_memory: bool = False,
 ) -> StableVideoDiffusion:
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
@@ -353,10 +416,13 @@ def load(
     cross-attention folded, True the paper's; None what the source holds. `variant` ("fp16") chooses among a folder's
     files, `revision` among a hub repository's commits; `offline` uses only what was downloaded before. Weights that
     need no conversion are the file's pages, mapped; `copy` reads them, for a file that may change (`Checkpoint.load`).
+    `low_memory` takes the least on the device, for the same video to rounding: weights are there only while they work.
     Raises ValueError or FileNotFoundError with one sentence on what to do.
     """
     device = checked_device(device)  # before anything is downloaded
     dtype = checked_dtype(dtype, device)
     checkpoint = resolve(source, variant=variant, revision=revision, offline=offline)
-    parts = checkpoint.load(device=device, dtype=dtype, vcut=vcut, copy=copy)
-    return StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)
+    parts = checkpoint.load(device=HOST if low_memory else device, dtype=dtype, vcut=vcut, copy=copy)
+    logger.info("loaded %s, a %s, on %s in %s", checkpoint.path, checkpoint.layout, device, dtype)
+    svd = StableVideoDiffusion(**parts, generation=checkpoint.generation, source=str(source), layout=checkpoint.layout)
+    return svd.economise(ECONOMIES[-bool(low_memory)], device)

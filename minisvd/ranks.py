@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .cli import sentence, tell
 from .images import load_image, open_image
 from .jobs import Job, digest, record_of, state
+from .memory import settle
 from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
 from .video import check_output, is_written, replacing
 
@@ -42,11 +43,9 @@ def join() -> tuple[Store, int]:
 
 def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str, Any]) -> list[Job]:
     """Make what is planned until nothing is left, and say the path of each video on stdout. Returns the jobs with what
-    they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing.
-
-    What a user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One
-    bar shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`.
-    """
+    they came to, `state` and `seconds` or `error`, on rank 0, which waits for the others; elsewhere nothing. What a
+    user has got wrong fails one job; a bug, or any error with --fail-fast or in the only job, ends the run. One bar
+    shows the progress of several videos; of a single one, one the steps and one the decoding. Records hold `about`."""
     while not store.check(["plan"]):
         time.sleep(POLL)  # and not inside the store, where no signal is heard
     batches, about["made"] = json.loads(store.get("plan"))
@@ -79,9 +78,7 @@ def work(args: Namespace, store: Store, rank: int, model: Model, about: dict[str
     return [job for number in range(len(batches) * (rank == 0)) for job in json.loads(store.get(f"batch {number}"))]
 
 
-def make(
-    jobs: list[Job], args: Namespace, store: Store, model: Model, about: dict[str, Any], bar: tqdm, progress: bool
-) -> None:
+def make(jobs: list[Job], args: Namespace, store: Store, model: Model, about: dict, bar: tqdm, progress: bool) -> None:
     """Make of a batch what is not there, as one call, and write it with its records, each file whole or not at all.
     Raises what any job of it raises; what was written before that has its `seconds`."""
     ready = []
@@ -103,6 +100,9 @@ def make(
     strange = [job["image"] for job, _, image in ready if svd.ships and svd.familiarity(image) < FAMILIAR]
     if strange and store.add("strange", 1) == 1:
         tell(f"minisvd: {strange[0]} {STRANGE}")
+    line = "" if args.low_memory else settle(svd, ready[0][0]["settings"], len(ready))
+    if line and store.add(line, 1) == 1:
+        tell(f"minisvd: {line}")
     settings = ready[0][0]["settings"] | {name: [used[name] for _, used, _ in ready] for name in PER_IMAGE}
     zoom, show = settings.pop("zoom"), lambda step, *_: bar.set_postfix_str(f"step {step}, {name}")
     videos = svd(torch.cat([image for *_, image in ready]), callback=show, progress=progress, **settings)
@@ -111,6 +111,7 @@ def make(
         path, began = Path(job["path"]), time.perf_counter()
         video.enlarged(zoom).save(path)
         seconds = {"compute": compute, "write": time.perf_counter() - began}
+        job["memory"] = svd.economy.name
         if not args.no_sidecar:
             record = about | {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
             with replacing(record_of(path)) as part:

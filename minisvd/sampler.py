@@ -15,13 +15,14 @@ from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
 from .config import SETTINGS, Schedule, Stage2, check
 
-Denoise = Callable[[Tensor, Tensor, int], Tensor]
-"""(x, sigma, step) -> D(x; sigma): denoised latents. Steps count from 1."""
+Denoise = Callable[[Tensor, Tensor, int], Tensor]  # (x, sigma, step) -> D(x; sigma): denoised; steps count from 1
+Callback = Callable[[int, Tensor, Tensor, Tensor], object]  # takes the fields of an EulerStep
 
 
 def edm_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: float = 7.0) -> Tensor:
@@ -34,8 +35,7 @@ def edm_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: 
     n = SETTINGS["steps"].check("number of steps", n)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigmas = (high + ramp * (low - high)) ** rho
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+    return F.pad((high + ramp * (low - high)) ** rho, (0, 1)).float()
 
 
 AYS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034)
@@ -48,8 +48,7 @@ def ays_sigmas(n: int) -> Tensor:
     at = torch.linspace(0, len(AYS) - 1, n, dtype=torch.float64, device="cpu")
     logs = torch.tensor(AYS, dtype=torch.float64, device="cpu").log()
     left = at.long().clamp(max=len(AYS) - 2)
-    sigmas = torch.lerp(logs[left], logs[left + 1], at - left).exp()
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+    return F.pad(torch.lerp(logs[left], logs[left + 1], at - left).exp(), (0, 1)).float()
 
 
 SIGMAS: dict[Schedule, Callable[[int], Tensor]] = {"karras": edm_sigmas, "ays": ays_sigmas}
@@ -148,10 +147,8 @@ def guided_denoiser(
 
         return denoised
 
-    def both(x: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(x), x])
-
-    two = conditioned_on(both(image_embeds), both(image_latent), torch.cat([added_time_ids, added_time_ids]))
+    zero_and_given = (torch.cat([torch.zeros_like(x), x]) for x in (image_embeds, image_latent))
+    two = conditioned_on(*zero_and_given, torch.cat([added_time_ids, added_time_ids]))
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         d_0, d_c = two(torch.cat([x, x]), sigma).chunk(2)
@@ -162,10 +159,7 @@ def guided_denoiser(
     shared = conditioned_on(SHARE[schedule.stage2] * image_embeds, image_latent, added_time_ids)
     stages = {1: guided if schedule.guides else conditional, 2: shared}
 
-    def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        return stages[schedule.stage(step, sigma)](x, sigma)
-
-    return denoise
+    return lambda x, sigma, step: stages[schedule.stage(step, sigma)](x, sigma)
 
 
 class EulerStep(NamedTuple):
@@ -195,12 +189,7 @@ def initial_latents(noise: Tensor, sigmas: Tensor) -> Tensor:
     return noise.float() * (1 + sigmas[0].to(noise.device, torch.float32) ** 2).sqrt()
 
 
-def sample_euler(
-    denoise: Denoise,
-    noise: Tensor,
-    sigmas: Tensor,
-    callback: Callable[[int, Tensor, Tensor, Tensor], object] | None = None,
-) -> Tensor:
+def sample_euler(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """All of `euler_steps`, from unit noise [b,t,c,h,w] at sigmas[0] to sigmas[-1]: the latents there.
 
     `callback(step, sigma, latents, denoised)` sees every step: the fields of its `EulerStep`.

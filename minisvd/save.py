@@ -45,28 +45,26 @@ def save_unet(unet: SpatioTemporalUNet, folder: str | Path, num_frames: int, dty
 
 
 def save_folder(
-    folder: str | Path,
-    unet: SpatioTemporalUNet,
-    vae: AutoencoderKLTemporalDecoder,
-    clip: ImageEncoder,
-    generation: GenerationConfig,
-    dtype: torch.dtype | None = None,
-) -> None:
+    folder: str | Path, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder,
+    generation: GenerationConfig, dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """All parts, with their weights as `dtype` or as they are, and every config. A UNet built with vcut says so in its
     config.json, as `vcut`; only minisvd reads that one."""
     unet = original(unet)
+    tensors = {"unet": unet.state_dict(), "vae": vae.state_dict(), "clip": clip_state(clip)}
+    contents = {
+        CONFIG_FILES["unet"]: unet_config(unet.config, generation.num_frames),
+        CONFIG_FILES["vae"]: vae_config(vae.config),
+        CONFIG_FILES["clip"]: clip_config(clip.config),
+        PREPROCESSOR_FILE: extractor_config(clip.config),
+        "scheduler/scheduler_config.json": SCHEDULER,
+        "model_index.json": INDEX,
+        GENERATION_FILE: asdict(generation),
+    }
     with new_folder(folder) as out:
-        for part, state in {"unet": unet.state_dict(), "vae": vae.state_dict(), "clip": clip_state(clip)}.items():
+        for part, state in tensors.items():
             write_tensors(out / STEMS[part], state, dtype)
-        for name, content in {
-            CONFIG_FILES["unet"]: unet_config(unet.config, generation.num_frames),
-            CONFIG_FILES["vae"]: vae_config(vae.config),
-            CONFIG_FILES["clip"]: clip_config(clip.config),
-            PREPROCESSOR_FILE: extractor_config(clip.config),
-            "scheduler/scheduler_config.json": SCHEDULER,
-            "model_index.json": INDEX,
-            GENERATION_FILE: asdict(generation),
-        }.items():
+        for name, content in contents.items():
             write_json(out / name, content)
 
 
@@ -107,31 +105,18 @@ def clip_state(clip: ImageEncoder) -> dict[str, Tensor]:
 
 
 def unet_config(config: UNetConfig, num_frames: int) -> dict[str, Any]:
-    kinds = ["CrossAttn" if attention else "" for attention in config.attention]
-    stated = FIXED["unet"] | {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "down_block_types": [f"{kind}DownBlockSpatioTemporal" for kind in kinds],
-        "up_block_types": [f"{kind}UpBlockSpatioTemporal" for kind in reversed(kinds)],
-        "block_out_channels": config.block_out_channels,
-        "addition_time_embed_dim": config.addition_time_embed_dim,
-        "projection_class_embeddings_input_dim": config.num_time_ids * config.addition_time_embed_dim,
-        "layers_per_block": config.layers_per_block,
-        "cross_attention_dim": config.cross_attention_dim,
-        "num_attention_heads": config.num_attention_heads,
-        "num_frames": num_frames,
-    }
-    return stated | ({} if config.vcut is False else {"vcut": config.vcut})
+    own = asdict(config)
+    attention, vcut, ids = (own.pop(name) for name in ("attention", "vcut", "num_time_ids"))
+    kinds = ["CrossAttn" if here else "" for here in attention]
+    own["down_block_types"] = [f"{kind}DownBlockSpatioTemporal" for kind in kinds]
+    own["up_block_types"] = [f"{kind}UpBlockSpatioTemporal" for kind in reversed(kinds)]
+    own["projection_class_embeddings_input_dim"] = ids * config.addition_time_embed_dim
+    return FIXED["unet"] | own | {"num_frames": num_frames} | ({} if vcut is False else {"vcut": vcut})
 
 
 def vae_config(config: VAEConfig) -> dict[str, Any]:
-    return FIXED["vae"] | {
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.block_out_channels),
-        "block_out_channels": config.block_out_channels,
-        "latent_channels": config.latent_channels,
-        "scaling_factor": config.scaling_factor,
-        "force_upcast": True,
-    }
+    kinds = ["DownEncoderBlock2D"] * len(config.block_out_channels)
+    return FIXED["vae"] | {"down_block_types": kinds} | asdict(config) | {"force_upcast": True}
 
 
 def clip_config(config: ClipConfig) -> dict[str, Any]:
@@ -141,13 +126,8 @@ def clip_config(config: ClipConfig) -> dict[str, Any]:
 
 def extractor_config(config: ClipConfig) -> dict[str, Any]:
     side = config.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "image_mean": config.mean,
-        "image_std": config.std,
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-    }
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return {"image_processor_type": "CLIPImageProcessor", "image_mean": config.mean, "image_std": config.std} | sizes
 
 
 INDEX = {
@@ -159,11 +139,6 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
 }
 SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "prediction_type": "v_prediction",
-    "timestep_type": "continuous",
-    "timestep_spacing": "leading",
-    "sigma_min": 0.002,
-    "sigma_max": 700.0,
-    "use_karras_sigmas": True,
-}
+    "_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous",
+    "timestep_spacing": "leading", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True,
+}  # fmt: skip

@@ -13,6 +13,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -53,15 +54,15 @@ class ModelReport:
             return "no cross-attention was met: none was called with other tokens than its queries as context"
         held, dead = [site for site in self.sites if site.holds], sum(sum(site.dead.values()) for site in self.sites)
         names = sorted({name.removesuffix(".weight") for site in self.sites for name in site.dead})
-        saved, macs, of = (sum(n) for n in zip((0, 0, 0), *((*site.saves, site.macs) for site in held), strict=True))
         lines = [
             f"{len(held)} of {len(self.sites)} sites are trivial",
             shorten(f"dead in them: {', '.join(names) or 'nothing'}", 78, placeholder=" ..."),
             f"that is {dead:,} of {self.parameters:,} parameters ({dead / self.parameters:.1%})",
-            f"a fold saves {saved:,} of them and {macs:,} of {of:,} MACs of this run" if held else "",
-            f"{'site':<38} keys verdict       query  +1 key     dead",
         ]
-        lines = [line for line in lines if line]
+        if held:
+            saved, macs, of = (sum(n) for n in zip(*((*site.saves, site.macs) for site in held), strict=True))
+            lines.append(f"a fold saves {saved:,} of them and {macs:,} of {of:,} MACs of this run")
+        lines.append(f"{'site':<38} keys verdict       query  +1 key     dead")
         for site in self.sites:
             name = re.sub(r"[._]transformer_blocks|_blocks?(?=\.)|\.attn2", "", site.name)
             name, more = name if len(name) <= 38 else f"..{name[-36:]}", site.control
@@ -109,19 +110,13 @@ def record(model: nn.Module, inputs: tuple, named: dict[str, Any]) -> dict[str, 
         if call.keys > (calls[name].keys if name in calls else 0):
             calls[name] = call
 
-    modes, handles = {module: module.training for module in model.modules()}, []
-    try:
+    with ExitStack() as undo, torch.no_grad():
         for name, module in model.named_modules():
+            undo.callback(setattr, module, "training", module.training)
             own = {key for key, _ in (*module.named_children(), *module.named_parameters(recurse=False))}
             if any(map(QUERY.fullmatch, own)):
-                handles.append(module.register_forward_pre_hook(partial(note, name), with_kwargs=True))
-        with torch.no_grad():
-            model.eval()(*inputs, **named)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+                undo.enter_context(module.register_forward_pre_hook(partial(note, name), with_kwargs=True))
+        model.eval()(*inputs, **named)
     return calls
 
 
@@ -149,12 +144,8 @@ class Call:
     def check(self, name: str, control: bool) -> Iterator[Report]:
         """A report for each context."""
         module = copy.deepcopy(self.module).cpu().double().eval()
-        kinds = {True: torch.float64, False: None}
-        leaves = [
-            x.detach().to("cpu", kinds[x.is_floating_point()], copy=True) if isinstance(x, Tensor) else x
-            for x in self.leaves
-        ]
-        contexts = [context.detach().cpu().double() for context in self.contexts()]
+        leaves = [exact(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        contexts = list(map(exact, self.contexts()))
 
         def attend(i: int, x: Tensor, context: Tensor) -> Tensor:
             given, swap = [*contexts[:i], context, *contexts[i + 1 :]], dict.fromkeys(self.places[0], x)
@@ -189,6 +180,11 @@ class Call:
             yield report
 
 
+def exact(x: Tensor) -> Tensor:
+    """A copy in float64, or of what has no fractions in its own dtype, on the CPU."""
+    return x.detach().to("cpu", torch.float64 if x.is_floating_point() else None, copy=True)
+
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,8 +193,8 @@ def small_inputs(model: nn.Module, keys: int) -> dict[str, Any]:
     config, takes = getattr(model, "config", None), signature(model.forward).parameters
     context = next((name for name in ("image_embeds", "encoder_hidden_states") if name in takes), None)
     if "sample" not in takes or context is None or config is None:
-        need = "give it, check_model(model, *inputs)"
-        raise ValueError(f"what a {type(model).__name__} is called with is not known: {need}")
+        kind = type(model).__name__
+        raise ValueError(f"what a {kind} is called with is not known: give it, check_model(model, *inputs)")
     stated, like, redraw = vars(config) if context == "image_embeds" else config, next(model.parameters()), Redraw()
 
     def noise(*shape: int) -> Tensor:
@@ -221,9 +217,7 @@ def small_inputs(model: nn.Module, keys: int) -> dict[str, Any]:
 def load_any(source: str, **options: Any) -> tuple[Any, int]:
     """A UNet, and how many keys it hears: ours by `load_unet`, with its options; that of a folder of another
     architecture by diffusers, which is imported only then, with as many keys as the folder's text encoder gives, or 1.
-
-    Raises ValueError where diffusers is missing or has no such class, and what `load_unet` raises.
-    """
+    Raises ValueError where diffusers is missing or has no such class, and what `load_unet` raises."""
     folder = Path(source).expanduser()
     inside = folder / "unet" if (folder / "unet/config.json").is_file() else folder
     stated = inside / "config.json"
@@ -253,9 +247,7 @@ def cross_attentions(unet: nn.Module) -> dict[str, Attention]:
 
 def dead_names(unet: nn.Module) -> set[str]:
     """Parameters that no gradient can reach while each attn2 hears one key: its queries and keys, and the norm before.
-
-    Leave them out of what is trained and of what gets a LoRA; an optimiser's weight decay would still move them.
-    """
+    Leave them out of what is trained and of what gets a LoRA; an optimiser's weight decay would still move them."""
     sites = cross_attentions(unet)
     projections = {f"{site}.{name}.weight" for site in sites for name in ("to_q", "to_k")}
     return projections | {f"{site[:-5]}norm2.{name}" for site in sites for name in ("weight", "bias")}

@@ -22,6 +22,7 @@ from html import escape
 from textwrap import shorten
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,32 +34,20 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured of one attention f(x, c); differences are relative to the largest |f|.
-
-    keys        how many there are in c; `alike` if there are several, all the same, as they then stay when redrawn
-    query       largest |f(x', c) - f(x, c)| over redrawn x', or |d <g, f> / dx| for a random g, if that is larger
-    context     largest |f(x, c') - f(x, c)| over redrawn c'
-    affinity    largest |f(x, (1-a) c + a c') - (1-a) f(x, c) - a f(x, c')| over a in (-1, 1/2, 2), of its terms' size
-    tolerance   up to which query and affinity are rounding
-    dead        what has neither gradient nor influence, parameters or rows of them: name -> how many numbers
-    parameters  numbers in the module's parameters, None where it was not given
-    saves       how many parameters and multiply-accumulates W c + b in its place would save, if that is the same
-    macs        multiply-accumulates of this call, of its matrix products
-    control     the same with one key more, None where it was left out
-    """
+    """What was measured of one attention f(x, c); differences are relative to the largest |f|."""
 
     name: str
-    keys: int
-    alike: bool
-    query: float
-    context: float
-    affinity: float
-    tolerance: float
-    dead: dict[str, int]
-    parameters: int | None
-    saves: tuple[int, int]
-    macs: int
-    control: "Report | None" = None
+    keys: int  # how many there are in c
+    alike: bool  # are they several, all the same, as they then stay when redrawn?
+    query: float  # largest |f(x', c) - f(x, c)| over redrawn x', or |d <g, f> / dx| for a random g, if that is larger
+    context: float  # largest |f(x, c') - f(x, c)| over redrawn c'
+    affinity: float  # largest |f(x, (1-a) c + a c') - (1-a) f(x, c) - a f(x, c')| of its terms, a in (-1, 1/2, 2)
+    tolerance: float  # up to which query and affinity are rounding
+    dead: dict[str, int]  # parameters or rows with neither gradient nor influence: name -> how many numbers
+    parameters: int | None  # numbers in the module's parameters, None where it was not given
+    saves: tuple[int, int]  # parameters and multiply-accumulates that W c + b in its place saves, if that is the same
+    macs: int  # multiply-accumulates of this call, of its matrix products
+    control: "Report | None" = None  # the same with one key more, None where it was left out
 
     @property
     def finding(self) -> tuple[str, str]:
@@ -103,10 +92,8 @@ class Report:
         names = shorten(", ".join(self.dead) or "nothing", 58, placeholder=" ...")
         lines.append(f"dead: {names}; {sum(self.dead.values()):,} of {self.parameters:,} parameters")
         if self.holds and any(self.saves):
-            parameters, macs = (
-                f"{n:,} of {of:,}" for n, of in zip(self.saves, (self.parameters, self.macs), strict=True)
-            )
-            lines.append(f"a fold saves: {parameters} parameters, {macs} MACs")
+            (parameters, macs), of = self.saves, self.parameters
+            lines.append(f"a fold saves: {parameters:,} of {of:,} parameters, {macs:,} of {self.macs:,} MACs")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -123,14 +110,9 @@ def html(report: str) -> str:
 
 
 def check(
-    attend: Attend,
-    x: Tensor,
-    context: Tensor,
-    module: nn.Module | None = None,
-    *,
-    control: bool = True,
-    tolerance: float | None = None,
-) -> Report:
+    attend: Attend, x: Tensor, context: Tensor, module: nn.Module | None = None, *,
+    control: bool = True, tolerance: float | None = None,
+) -> Report:  # fmt: skip
     """Every measure below of attend(x, context), with its keys and with one more.
 
     Dead parameters are looked for in `module`, by default `attend` itself if it is one, or that of which it is a
@@ -139,23 +121,16 @@ def check(
     tensor, not finite or not the same twice, and where a key more cannot be given.
     """
     owner = module or getattr(attend, "__self__", attend)
+    module = owner if isinstance(owner, nn.Module) else None
     with torch.inference_mode(False):
         x, context = x.detach().clone(), context.detach().clone()  # copies, as autograd refuses inference tensors
-        return measured(
-            "", attend, attend, x, context, owner if isinstance(owner, nn.Module) else None, control, tolerance
-        )
+        return measured("", attend, attend, x, context, module, control, tolerance)
 
 
 def measured(
-    name: str,
-    branch: Attend,
-    whole: Attend,
-    x: Tensor,
-    context: Tensor,
-    module: nn.Module | None,
-    control: bool,
-    tolerance: float | None = None,
-) -> Report:
+    name: str, branch: Attend, whole: Attend, x: Tensor, context: Tensor,
+    module: nn.Module | None, control: bool, tolerance: float | None = None,
+) -> Report:  # fmt: skip
     """The report on `branch`, a summand of the module's output `whole`, or all of it."""
     out = first_output(whole, x, context)
     magnitude, parameters = largest(branch(x, context)), None
@@ -196,20 +171,18 @@ def query_effect(attend: Attend, x: Tensor, context: Tensor) -> float:
 
 def context_effect(attend: Attend, x: Tensor, context: Tensor) -> tuple[float, float]:
     """How far the output moves as the context is redrawn, and how far it is from affine in it, relative to its terms.
-
     Affine: f((1-a) c + a c') = (1-a) f(c) + a f(c'), here for a in (-1, 1/2, 2) and redrawn c'. Keys that are all the
-    same stay so: a copy of one key is no key of its own.
-    """
+    same stay so: a copy of one key is no key of its own."""
     out, redraw, moved, defect, magnitude = attend(x, context).detach(), Redraw(), 0.0, 0.0, 0.0
     own = context[:, :1] if torch.equal(context, context[:, :1].expand_as(context)) else context
     with torch.no_grad():
         for a in (-1.0, 0.5, 2.0):
             other = redraw(own).expand_as(context)
             there = attend(x, other)
-            ends = (1 - a) * out, a * there
+            near, far = (1 - a) * out, a * there
             moved = max(moved, largest(there - out))
-            defect = max(defect, largest(attend(x, torch.lerp(context, other, a)) - ends[0] - ends[1]))
-            magnitude = max(magnitude, largest(ends[0].abs() + ends[1].abs()))
+            defect = max(defect, largest(attend(x, torch.lerp(context, other, a)) - near - far))
+            magnitude = max(magnitude, largest(near.abs() + far.abs()))
     return moved, ratio(defect, magnitude)
 
 
@@ -217,12 +190,9 @@ def dead_parameters(
     attend: Attend, x: Tensor, context: Tensor, module: nn.Module, *, tolerance: float = 0.0
 ) -> dict[str, int]:
     """What has no gradient AND no influence, name -> how many numbers: parameters, or rows of them, as name[64:128],
-    such as the keys of a packed projection.
-
-    Rows without gradient (up to `tolerance` of the steepest) are redrawn, the others staying as they are, and restored,
-    bit for bit; dead if the output does not move (up to `tolerance` of it). At zero weights more is dead than in
-    general: behind a zero to_out, all.
-    """
+    such as the keys of a packed projection. Rows without gradient (up to `tolerance` of the steepest) are redrawn, the
+    others staying as they are, and restored, bit for bit; dead if the output does not move (up to `tolerance` of it).
+    At zero weights more is dead than in general: behind a zero to_out, all."""
     out, redraw, dead = attend(x, context).detach(), Redraw(), {}
     tolerance = min(tolerance, rounding(torch.float32))  # half precision has no eye for what is weak
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.numel()}
@@ -240,7 +210,7 @@ def dead_parameters(
             finally:
                 parameter.copy_(kept)
         if change <= tolerance * largest(out):
-            edges = torch.diff(rows.int(), prepend=rows.new_zeros(1).int(), append=rows.new_zeros(1).int()).nonzero()
+            edges = F.pad(rows.int(), (1, 1)).diff().nonzero()
             spans = ", ".join(f"{a}:{b}" for a, b in edges.view(-1, 2).tolist())
             dead[name if rows.all() else f"{name}[{spans}]"] = int(rows.sum()) * each
     return dead
@@ -255,10 +225,8 @@ def multiply_accumulates(attend: Attend, x: Tensor, context: Tensor) -> int:
 
 @torch.no_grad()
 def folded(attend: Attend, x: Tensor, context: Tensor) -> nn.Linear:
-    """The W c + b that a trivial attention computes, found by asking it: b of c = 0, W's columns of the unit vectors.
-
-    x [(b r), s, c] and context [b, k, c'] as for `check`, k copies of one key; the result takes [..., c'].
-    """
+    """The W c + b that a trivial attention computes, found by asking it: b of c = 0, W's columns of the unit vectors. x
+    [(b r), s, c] and context [b, k, c'] as for `check`, k copies of one key; the result takes [..., c']."""
     c = context.shape[-1]
     asked = torch.cat([torch.zeros(1, c), torch.eye(c)])[:, None].expand(-1, context.shape[1], -1).to(context)
     out = attend(x[:1].expand(c + 1, -1, -1), asked)[:, 0]
@@ -336,5 +304,4 @@ def ratio(difference: float, magnitude: float) -> float:
 def rounding(dtype: torch.dtype) -> float:
     """How far apart two orders of computing one affine map may lie: 64 eps in float64 and float32, whose sums of about
     a thousand terms collect it; 8 eps in half precision, whose sums are float32 and only their ends rounded."""
-    eps = torch.finfo(dtype).eps
-    return 8 * eps if eps > 1e-4 else 64 * eps
+    return (8 if dtype.itemsize < 4 else 64) * torch.finfo(dtype).eps

@@ -162,7 +162,8 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
         layers = zip(skips[::-1], self.resnets, self.attentions, conditions, strict=True)
         for skip, resnet, attention, condition in layers:
-            x = attention(resnet(torch.cat([x, skip], dim=1), emb), condition, emb.shape[0])
+            x = resnet(torch.cat([x, skip], dim=1), emb)
+            x = attention(x, condition, emb.shape[0])
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x

@@ -27,9 +27,9 @@ from .config import NUM_GROUPS, VAEConfig
 from .unet import Upsample
 
 SPATIAL_EPS, TEMPORAL_EPS = 1e-6, 1e-5
+Advance = Callable[[], object]  # called when a residual block is done
+# What decoding holds of a video: two activations, or one, which costs a second temporal convolution, or one on the host
 Hold = Literal["two", "one", "host"]
-"""What decoding holds of a video: two activations; or one, which costs a second temporal convolution; or that on the
-host."""
 
 
 def framewise(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -42,10 +42,8 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NUM_GROUPS, c_in, SPATIAL_EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(NUM_GROUPS, c_out, SPATIAL_EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(NUM_GROUPS, c_in, SPATIAL_EPS), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(NUM_GROUPS, c_out, SPATIAL_EPS), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [b,c,h,w]
@@ -55,10 +53,8 @@ class ResnetBlock(nn.Module):
 
 
 class TemporalConv(nn.Conv3d):
-    """A convolution of kernel 3x1x1 along time, zeros beyond the video's ends: [b,c,t,s] -> [b,c,t,s].
-
-    Computed as a 2D one over frames and places: the same sums, for which every device has a fast kernel.
-    """
+    """A convolution of kernel 3x1x1 along time, zeros beyond the video's ends: [b,c,t,s] -> [b,c,t,s]. Computed as a 2D
+    one over frames and places: the same sums, for which every device has a fast kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
@@ -69,15 +65,12 @@ class ResnetBlockOverTime(nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NUM_GROUPS, c, TEMPORAL_EPS)
-        self.conv1 = TemporalConv(c, c, (3, 1, 1))
-        self.norm2 = nn.GroupNorm(NUM_GROUPS, c, TEMPORAL_EPS)
-        self.conv2 = TemporalConv(c, c, (3, 1, 1))
+        self.norm1, self.conv1 = nn.GroupNorm(NUM_GROUPS, c, TEMPORAL_EPS), TemporalConv(c, c, (3, 1, 1))
+        self.norm2, self.conv2 = nn.GroupNorm(NUM_GROUPS, c, TEMPORAL_EPS), TemporalConv(c, c, (3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # [b,c,t,s]
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return x + h
+        return x + self.conv2(F.silu(self.norm2(h)))
 
 
 class VideoResBlock(nn.Module):
@@ -233,11 +226,9 @@ class AutoencoderKLTemporalDecoder(nn.Module):
         self.decoder = TemporalDecoder(config)
 
     def encode(self, image: Tensor) -> Tensor:
-        """The mode of q(z | image): [b,3,H,W] in [-1,1] -> [b,4,H/8,W/8], NOT scaled.
-
-        Computed in float32 whatever the weights' dtype: the released encoder's activations leave float16's range.
-        Raises ValueError if the rank, the channels or the sides (multiples of `config.factor`) are wrong.
-        """
+        """The mode of q(z | image): [b,3,H,W] in [-1,1] -> [b,4,H/8,W/8], NOT scaled. Computed in float32 whatever the
+        weights' dtype: the released encoder's activations leave float16's range. Raises ValueError if the rank, the
+        channels or the sides (multiples of `config.factor`) are wrong."""
         factor, shape = self.config.factor, tuple(image.shape)
         if image.ndim != 4 or shape[1] != 3 or shape[2] % factor or shape[3] % factor or 0 in shape:
             raise ValueError(f"image has shape {shape}; need [b,3,H,W] with H and W multiples of {factor}")
@@ -245,11 +236,7 @@ class AutoencoderKLTemporalDecoder(nn.Module):
         return h[:, : self.config.latent_channels].to(self.quant_conv.weight.dtype)
 
     def decode(
-        self,
-        latents: Tensor,
-        chunk: int | None = None,
-        hold: Hold = "two",
-        callback: Callable[[], object] | None = None,
+        self, latents: Tensor, chunk: int | None = None, hold: Hold = "two", callback: Advance | None = None
     ) -> Tensor:
         """Scaled latents [b,t,4,h,w] -> frames [b,t,3,8h,8w], about [-1,1]: decoder(latents / scaling_factor).
 
@@ -276,33 +263,28 @@ class AutoencoderKLTemporalDecoder(nn.Module):
 
 class Stream:
     """The decoder's forward, exactly, on a video held as a list of frames [b,c,h,w], each replaced as it is used up.
-
     Spatial layers take `chunk` frames at a time. Temporal ones take a strip of rows of all frames, half a frame in all,
-    in place: their kernels see one place at a time, their norms need statistics of the whole before the first value.
-    """
+    in place: their kernels see one place at a time, their norms need statistics of the whole before the first value."""
 
-    def __init__(self, decoder: TemporalDecoder, chunk: int, hold: Hold, advance: Callable[[], object]) -> None:
+    def __init__(self, decoder: TemporalDecoder, chunk: int, hold: Hold, advance: Advance) -> None:
         self.decoder, self.chunk, self.hold, self.advance = decoder, chunk, hold, advance
 
     def __call__(self, z: Tensor) -> Tensor:
-        decoder, self.device = self.decoder, z.device
-        mid, frames = decoder.mid_block, [frame.to(self.store) for frame in z.unbind(1)]
+        decoder, mid, self.device = self.decoder, self.decoder.mid_block, z.device
+        self.store = torch.device("cpu") if self.hold == "host" else z.device
+        frames = [frame.to(self.store) for frame in z.unbind(1)]
         self.spatial(decoder.conv_in, frames)
         self.both(nn.Identity(), mid.resnets[0], frames)
         self.both(mid.attentions[0], mid.resnets[1], frames)
-        before: list[nn.Module] = []
+        before: nn.Module = nn.Identity()
         for block in decoder.up_blocks:
             assert isinstance(block, UpBlockTemporalDecoder)
             for resnet in block.resnets:
-                self.both(nn.Sequential(*before), resnet, frames)
-                before = []
-            before = [*block.upsamplers]
+                self.both(before, resnet, frames)
+                before = nn.Identity()
+            before = nn.Sequential(*block.upsamplers)
         self.spatial(decoder.to_colours, frames)
         return decoder.last(torch.stack([frame.to(self.device) for frame in frames], dim=1))
-
-    @property
-    def store(self) -> torch.device:
-        return torch.device("cpu") if self.hold == "host" else self.device
 
     def both(self, before: nn.Module, block: nn.Module, frames: list[Tensor]) -> None:
         """A block in space and time, after what comes `before` it: so an enlarged video never exists whole."""
@@ -339,14 +321,13 @@ class Stream:
 
 
 def over_video(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """GroupNorm whose statistics are those of all parts [b,c,t,s] of a video together, as a scale and a shift.
-
-    By the law of total variance: var(x) = E_i[var(x_i)] + var_i(E[x_i]), from each part's own mean and variance.
-    """
+    """GroupNorm whose statistics are those of all parts [b,c,t,s] of a video together, as a scale and a shift. By the
+    law of total variance: var(x) = E_i[var(x_i)] + var_i(E[x_i]), from each part's own mean and variance."""
     moments, sizes = [], []
     for part in parts:
         groups = rearrange(part, "b (g c) t s -> b g (c t s)", g=NUM_GROUPS).float()
-        moments.append(torch.stack(var_mean(groups)))
+        mean = groups.mean(-1, keepdim=True)  # with the next line several times as fast as torch.var_mean on a CPU
+        moments.append(torch.stack([(groups - mean).square_().mean(-1), mean.squeeze(-1)]))
         sizes.append(groups.shape[-1])
     share = torch.tensor(sizes, dtype=torch.float32, device=moments[0].device) / sum(sizes)
     var, mean = torch.stack(moments, dim=-1)  # [b,g,i] each
@@ -357,12 +338,6 @@ def over_video(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Callable[[Tensor]
     shift = rearrange(norm.bias, "c -> 1 c 1 1") - repeat(total, "b g -> b (g c) 1 1", c=c) * scale
     scale, shift = scale.to(norm.weight.dtype), shift.to(norm.weight.dtype)
     return lambda x: torch.addcmul(shift, x, scale)
-
-
-def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over the last axis; several times as fast as torch.var_mean on a CPU."""
-    mean = x.mean(-1, keepdim=True)
-    return (x - mean).square_().mean(-1), mean.squeeze(-1)
 
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:

@@ -35,10 +35,8 @@ NOTEBOOK_PIXELS = 384  # a video smaller than this is enlarged in a notebook
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Video:
-    """`frames`, a float tensor [t,3,h,w] in [0,1], shown at `fps` frames per second.
-
-    ValueError: another shape or dtype, a value outside [0,1] (or not a number), no frame, an fps that no format holds.
-    """
+    """`frames`, a float tensor [t,3,h,w] in [0,1], shown at `fps` frames per second. ValueError: another shape or
+    dtype, a value outside [0,1] (or not a number), no frame, an fps that no format holds."""
 
     frames: Tensor
     fps: float
@@ -98,11 +96,8 @@ class Video:
             data = base64.b64encode(self.save(Path(temporary) / "video.mp4").read_bytes()).decode()
         h, w = self.frames.shape[-2:]
         factor = max(1, NOTEBOOK_PIXELS // max(h, w))
-        style = ' style="image-rendering: pixelated"' if factor > 1 else ""
-        return (
-            f'<video controls loop autoplay muted playsinline width="{w * factor}" height="{h * factor}"{style} '
-            f'src="data:video/mp4;base64,{data}"></video>'
-        )
+        size = f'width="{w * factor}" height="{h * factor}"' + ' style="image-rendering: pixelated"' * (factor > 1)
+        return f'<video controls loop autoplay muted playsinline {size} src="data:video/mp4;base64,{data}"></video>'
 
 
 @contextmanager
@@ -139,7 +134,7 @@ def check_output(path: str | Path) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"cannot write {path}: the folder {path.parent} is not writable, choose another")
     try:  # some systems say so only when it is tried
-        tempfile.TemporaryDirectory(dir=Path(os.path.realpath(path)).parent, prefix=".minisvd-").cleanup()
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
     except OSError as error:
         raise PermissionError(f"cannot write {path}: {error.strerror} in its folder, choose another") from error
     if path.suffix and path.is_dir():

@@ -254,10 +254,10 @@ def test_a_strange_setting_warns_once(tiny_folder: Path, photo: Path, capsys: py
         ("generate . -o clip.mp4", "two videos would be written to clip.mp4"),
         ("generate -o clip.mp4", "there is nothing to make: name an image, a folder of images, or a --manifest"),
         ("generate photo.png --output= ", "one of the arguments is empty: give it a value, or leave it out"),
-        ("generate photo.png -o clip.mp4 --guidance 3e0 -1e0", "guidance is (3.0, -1.0); need 2 numbers"),
+        ("generate photo.png -o clip.mp4 --guidance 3e0 -1e0", "guidance is [3.0, -1.0]; need 2 numbers"),
         ("generate photo.png", "the following arguments are required: -o/--output"),
         ("generate photo.png -o clip.mp4 --size 64", "'64' is not WIDTHxHEIGHT in pixels, such as 1024x576"),
-        ("generate photo.png -o clip.mp4 --size -64x64", "--size: expected one argument"),
+        ("generate photo.png -o clip.mp4 --size -64x64", "'-64x64' is not WIDTHxHEIGHT in pixels"),
         ("generate photo.png -o clip.mp4 --size 0x64", "size is (0, 64)"),
         ("generate photo.png -o clip.mp4 --size 64x1000000", "size is (64, 1000000)"),
         ("generate photo.png -o clip.mp4 --seed -1", "'-1' is not a whole number from 0"),
@@ -303,7 +303,7 @@ def test_what_only_the_model_knows_is_refused_too(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StableVideoDiffusion, "sample", lambda *_, **__: torch.empty(2**60))
         err = refusal(capsys, "generate", photo.name, "-o", "c.mp4", *model)
-    assert "out of memory: try --decode-chunk" in err
+    assert "out of memory: try --low-memory" in err
 
 
 def test_a_bug_keeps_its_traceback(tiny_folder: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,11 +216,11 @@ def test_seeds_are_numbers_and_ranges() -> None:
         ("photos photos/inner/c.png -o out --fail-fast", "photos/inner/c.png is not an image"),
         (
             "photos -o clip.mp4",
-            "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by {stem} and {seed}",
+            "two videos would be written to clip.mp4: give an existing folder, rename an image, or name by",
         ),
         (
             "photos -o out --name-template {seed}.mp4",
-            "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by {stem} and {seed}",
+            "two videos would be written to out/0.mp4: give an existing folder, rename an image, or name by",
         ),
         ("photos/a.png -o clip.mp4 --seeds 0-1", "two videos would be written to clip.mp4: give an existing folder"),
         ("photos -o out --seeds 0-1 --name-template {stem}.mp4", "two videos would be written to out/a.mp4"),

@@ -1,11 +1,14 @@
 """Theorem: importing minisvd does no work: it loads no framework, prints nothing, and costs little over torch."""
 
+import ast
 import inspect
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import minisvd
 from minisvd.pipeline import Settings, StableVideoDiffusion
@@ -91,3 +94,55 @@ def test_the_keywords_that_an_editor_knows_are_those_of_the_call() -> None:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     assert {name: hint.__forward_arg__ for name, hint in Settings.__annotations__.items()} == keywords
+
+
+SAYS = {"cli", "__main__", "ranks"}  # the modules of the command line, which may write on stdout and stderr
+
+
+def test_the_library_prints_nothing_and_logs_what_it_loads(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No `print` and no handler but in the command line's modules; a loaded model is a record of level INFO."""
+    package = Path(minisvd.__file__).parent
+    prints = {
+        path.stem
+        for path in package.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "print"
+    }
+    assert prints == SAYS
+    assert not logging.getLogger("minisvd").handlers
+    with caplog.at_level(logging.INFO, "minisvd"):
+        svd = minisvd.load("tiny")
+        svd(torch.zeros(3, 64, 64), steps=1, num_frames=1, progress=False)
+    assert [record.name for record in caplog.records] == ["minisvd.pipeline"]
+    assert "weights/tiny, a folder, on cpu in torch.float32" in caplog.text
+    assert capsys.readouterr() == ("", "")
+
+
+BESIDE = """
+import logging, sys, warnings
+
+def state():
+    import torch
+    return (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.initial_seed(),
+        warnings.filters[:], logging.getLogger().handlers[:], torch.backends.cuda.matmul.allow_tf32, sys.path[:])
+
+import diffusers
+from diffusers import UNetSpatioTemporalConditionModel as theirs
+forward, seen = theirs.forward, state()
+import minisvd, minisvd.diffusers
+[getattr(minisvd, name) for name in minisvd.HOME]
+from minisvd import StableVideoDiffusion
+assert diffusers.UNetSpatioTemporalConditionModel is theirs and theirs.forward is forward
+assert minisvd.diffusers.UNetSpatioTemporalConditionModel is not theirs
+print(state() == seen)
+warnings.simplefilter("error")
+print(state() == seen)
+"""
+
+
+@pytest.mark.slow
+def test_importing_beside_diffusers_changes_nothing_of_it_nor_of_torch() -> None:
+    """Its classes and torch's, Python's and the log's settings are what they were. Control: the probe sees a filter."""
+    assert run(BESIDE).splitlines()[-2:] == ["True", "False"]

@@ -1,37 +1,56 @@
-"""Is minisvd as fast as diffusers? Both run in turn, in one process, on the same weights and inputs.
+"""Is minisvd as fast and as small as diffusers? Both run in turn, in one process, on the same weights and inputs.
 
-    python -m tools.cost.benchmark                                                        the ratio, on the CPU
-    python -m tools.cost.benchmark --device cuda --dtype float16 --config full --frames 14 --size 1024x576
-    python -m tools.cost.benchmark --part decode --config full --size 192x128 --repeats 5
+    python -m tools.cost.benchmark                                                       the ratios, on the CPU, quickly
+    python -m tools.cost.benchmark --config full --size 192x128 --frames 14 --repeats 5   the released network's sizes
+    python -m tools.cost.benchmark --device cuda --config full --size 1024x576 --frames 14 25 --dtype float16 bfloat16
 
-The part is a forward of the UNet, or decoding: diffusers' of all frames at once, ours with several settings.
-First the outputs are compared (the UNet with diffusers' residual eps set to the original 1e-5), which warms up; then
-A B B A A B B A ... are timed, a forward each. The ratio is median(minisvd) / median(diffusers): below 1, minisvd is
-faster. Its interval holds the middle 95 % of ratios of medians over resampled rounds (bootstrap).
+Parts: a guided step (a batch of two) and a single one, encoding, decoding at several chunks, a whole video of --steps
+with and without the cut, loading a UNet from a local folder; with --compile the steps as torch.compile makes them, too.
+First the outputs are compared (diffusers' residual eps set to the original 1e-5; vcut=True is another function, and a
+video draws its own noise), which warms up; then A B B A A B B A ... are timed. A ratio is median(minisvd) / median
+(diffusers): below 1, minisvd is faster. Its interval holds the middle 95 % of ratios of medians over resampled rounds.
 
-A GPU is timed by the wall clock, and its name and times are printed. A CPU runs on one thread and is timed in processor
-time, of which other programs take less away; its times say little about another CPU, so only the ratio is printed.
+A GPU is timed by the wall clock; a CPU runs on one thread and is timed in processor time, of which other programs take
+less away. "counted" is the peak of live tensors on top of the weights, by their shapes (`tools.cost.memory`);
+"measured" what the device's allocator, or the process's resident set on Linux, grew by. TFLOP/s are those of diffusers'
+arithmetic, so a build that computes less has more; the share is of the rate of a large matrix product, measured.
+Loading is timed by the wall clock in a process of its own, whose memory is that of its own (not of the mapped file).
+The last line is one JSON object with everything.
 """
 
 import argparse
+import gc
+import json
+import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder as DiffusersVAE
-from diffusers import UNetSpatioTemporalConditionModel
+from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+from PIL import Image
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import minisvd.diffusers
+from minisvd import ClipConfig, GenerationConfig, ImageEncoder, StableVideoDiffusion
+from minisvd.accounting import unet_cost
 from minisvd.adapt import fold
-from minisvd.config import GenerationConfig, UNetConfig, VAEConfig
+from minisvd.config import UNetConfig, VAEConfig
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder, Hold
+from tools.cost.memory import LiveBytes, fused
 from tools.measure.metrics import bootstrap_interval
 from tools.output import table
 
@@ -41,40 +60,195 @@ CONFIGS = {
     "full": UNetConfig(),
 }
 VAE_WIDTHS = {"tiny": (32, 32, 64, 64), "small": (64, 128, 256, 256), "full": VAEConfig().block_out_channels}
+CLIP = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "patch_size": 56}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # relative to the largest output
+PARTS = ("guided", "single", "encode", "decode", "video", "load")
+LOADERS = {
+    "diffusers": "from diffusers import UNetSpatioTemporalConditionModel as U; load = U.from_pretrained",
+    "minisvd": "from minisvd import load_unet as load",
+}
+LOADING = """
+import time, torch
+{loader}
+from tools.cost.benchmark import own_memory
+before, began = own_memory(), time.perf_counter()
+unet = load({folder!r})
+print(time.perf_counter() - began, own_memory() - before)
+"""
+
+Forwards = dict[str, Callable[[], Tensor]]
 
 
-def both_unets(
-    config: UNetConfig, device: str, dtype: torch.dtype
-) -> tuple[SpatioTemporalUNet, UNetSpatioTemporalConditionModel]:
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all that is compared: where, in what numbers, and how much of it."""
+
+    device: str
+    dtype: torch.dtype
+    config: str
+    frames: int
+    size: tuple[int, int]
+    steps: int = 25
+    cut_step: int = 17
+    compile: bool = False
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        return self.size[0] // 8, self.size[1] // 8
+
+
+# --- what is compared ---------------------------------------------------------------------------------------------
+
+
+def both_unets(setting: Setting) -> tuple[SpatioTemporalUNet, UNetSpatioTemporalConditionModel]:
     """minisvd's and diffusers' UNet around one copy of random weights."""
+    config = CONFIGS[setting.config]
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(setting.device):
         theirs = UNetSpatioTemporalConditionModel(
             block_out_channels=config.block_out_channels,
             num_attention_heads=config.num_attention_heads,
             cross_attention_dim=config.cross_attention_dim,
         )
-    nn.Module.to(theirs, device, dtype).eval()  # diffusers' own `to` warns of nothing
+    nn.Module.to(theirs, setting.device, setting.dtype).eval()  # diffusers' own `to` warns of nothing
     for module in theirs.modules():
         if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
             module.norm1.eps = module.norm2.eps = 1e-5
+    return adopted(SpatioTemporalUNet, config, theirs), theirs
+
+
+def both_vaes(setting: Setting) -> tuple[AutoencoderKLTemporalDecoder, DiffusersVAE]:
+    """The same for the VAE."""
+    widths = VAE_WIDTHS[setting.config]
+    torch.manual_seed(0)
+    kinds: Any = ("DownEncoderBlock2D",) * len(widths)
+    with torch.device(setting.device):
+        theirs = DiffusersVAE(block_out_channels=widths, down_block_types=kinds, layers_per_block=2)
+    nn.Module.to(theirs, setting.device, setting.dtype).eval()
+    return adopted(AutoencoderKLTemporalDecoder, VAEConfig(block_out_channels=widths), theirs), theirs
+
+
+def adopted(kind: Any, config: Any, theirs: nn.Module) -> Any:
+    """A module of ours on the weights of theirs."""
     with torch.device("meta"):
-        ours = SpatioTemporalUNet(config)
+        ours = kind(config)
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    return ours.eval(), theirs
+    return ours.eval()
 
 
-def example_inputs(
-    config: UNetConfig, frames: int, w: int, h: int, device: str, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """sample [1,t,8,h,w], c_noise [1], image_embeds [1,1,c'], added_time_ids [1,3]."""
-    generator = torch.Generator().manual_seed(1)
-    sample = torch.randn(1, frames, config.in_channels, h, w, generator=generator)
-    embeds = torch.randn(1, 1, config.cross_attention_dim, generator=generator)
-    ids = torch.tensor([[6.0, 127.0, 0.02]])
-    return tuple(x.to(device, dtype) for x in (sample, torch.tensor([0.5]), embeds, ids))
+def example_inputs(setting: Setting, branches: int) -> tuple[Tensor, ...]:
+    """sample [b,t,8,h,w], c_noise [b], image_embeds [b,1,c'], added_time_ids [b,3]."""
+    config, generator, (w, h) = CONFIGS[setting.config], torch.Generator().manual_seed(1), setting.latent
+    sample = torch.randn(branches, setting.frames, config.in_channels, h, w, generator=generator)
+    embeds = torch.randn(branches, 1, config.cross_attention_dim, generator=generator)
+    ids, c_noise = torch.tensor([[6.0, 127.0, 0.02]]).expand(branches, -1), torch.full((branches,), 0.5)
+    return tuple(x.to(setting.device, setting.dtype) for x in (sample, c_noise, embeds, ids))
+
+
+def step_forwards(setting: Setting, branches: int) -> Forwards:
+    """diffusers' UNet on one input, ours in each build with its conditions computed once, as in a run, our drop-in, and
+    with `compile` theirs and ours compiled."""
+    ours, theirs = both_unets(setting)
+    inputs = example_inputs(setting, branches)
+    with torch.device("meta"):
+        dropped_in: Any = minisvd.diffusers.UNetSpatioTemporalConditionModel.from_config(theirs.config)
+    builds: dict[str, Any] = {
+        "minisvd": ours,
+        "minisvd, lossless": fold(ours, "lossless"),
+        "minisvd, True": fold(ours, True),
+    }
+    dropped_in.adopt(builds["minisvd, lossless"])
+    if setting.compile:
+        builds["minisvd, lossless, compiled"] = torch.compile(builds["minisvd, lossless"])
+
+    def step(unet: Any) -> Callable[[], Tensor]:
+        conditions = unet.condition(inputs[2])
+        return lambda: unet(*inputs, conditions)
+
+    def theirs_step(unet: Any) -> Callable[[], Tensor]:
+        return lambda: unet(*inputs, return_dict=False)[0]
+
+    forwards = {"diffusers": theirs_step(theirs)} | {name: step(unet) for name, unet in builds.items()}
+    forwards["minisvd.diffusers, lossless"] = theirs_step(dropped_in)  # as their pipeline calls it
+    return forwards | ({"diffusers, compiled": theirs_step(torch.compile(theirs))} if setting.compile else {})
+
+
+def encode_forwards(setting: Setting) -> Forwards:
+    """The mode of one image's latent, on both sides in float32, as both pipelines compute it."""
+    ours, theirs = both_vaes(replace(setting, dtype=torch.float32))
+    (width, height), generator = setting.size, torch.Generator().manual_seed(1)
+    image = torch.rand(1, 3, height, width, generator=generator).to(setting.device) * 2 - 1
+    return {"diffusers": lambda: theirs.encode(image).latent_dist.mode(), "minisvd": lambda: ours.encode(image)}  # pyright: ignore
+
+
+def decode_forwards(setting: Setting) -> Forwards:
+    """diffusers' decoding of all frames at once, and ours at several settings, the default first."""
+    ours, theirs = both_vaes(setting)
+    (w, h), generator = setting.latent, torch.Generator().manual_seed(1)
+    latents = torch.randn(1, setting.frames, 4, h, w, generator=generator).to(setting.device, setting.dtype)
+
+    def decode(chunk: int, hold: Hold) -> Callable[[], Tensor]:
+        return lambda: ours.decode(latents, chunk, hold)[0]
+
+    default, z = GenerationConfig.decode_chunk, latents[0] / ours.config.scaling_factor
+    settings: list[tuple[int, Any]] = [(chunk, "two") for chunk in dict.fromkeys((default, 1, 8, setting.frames))]
+    settings += [(default, "one"), (1, "host")]
+    forwards = {"diffusers": lambda: theirs.decode(z, setting.frames, return_dict=False)[0]}
+    return forwards | {f"minisvd, chunk {chunk}, hold {hold}": decode(chunk, hold) for chunk, hold in settings}
+
+
+def video_forwards(setting: Setting) -> Forwards:
+    """Whole calls, image to frames, from the same UNet and VAE; the image encoders are as large as each other."""
+    (our_unet, their_unet), (our_vae, their_vae) = both_unets(setting), both_vaes(setting)
+    width, height = setting.size
+    sizes: dict[str, Any] = {} if setting.config == "full" else CLIP
+    clip = ClipConfig(**sizes, projection_dim=CONFIGS[setting.config].cross_attention_dim)
+    named = {"image_size", "hidden_act", *CLIP, "projection_dim"}
+    with torch.device(setting.device):
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**{name: getattr(clip, name) for name in named}))
+        our_clip = ImageEncoder(clip).to(setting.dtype).eval()
+    scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
+        timestep_type="continuous", timestep_spacing="leading", interpolation_type="linear",
+    )  # fmt: skip
+    nn.Module.to(encoder, setting.dtype).eval()
+    processor: Any = CLIPImageProcessor()
+    pipeline = StableVideoDiffusionPipeline(their_vae, encoder, their_unet, scheduler, processor)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    shape: dict[str, Any] = {
+        "num_frames": setting.frames,
+        "decode_chunk_size": setting.frames,
+        "width": width,
+        "height": height,
+    }
+
+    def theirs() -> Tensor:
+        made: Any = pipeline(picture, **shape, num_inference_steps=setting.steps, output_type="pt")
+        return made.frames
+
+    def ours(unet: SpatioTemporalUNet, cut_step: int | None) -> Callable[[], Tensor]:
+        svd = StableVideoDiffusion(
+            unet, our_vae, our_clip, GenerationConfig(num_frames=setting.frames, size=setting.size)
+        )
+        call: dict[str, Any] = {"steps": setting.steps, "guidance": (1.0, 3.0), "cut_step": cut_step, "progress": False}
+        return lambda: svd(picture, **call).frames
+
+    cut, builds = setting.cut_step, {"lossless": fold(our_unet, "lossless"), "True": fold(our_unet, True)}
+    forwards: Forwards = {"diffusers": theirs, "minisvd": ours(our_unet, None)}
+    forwards |= {f"minisvd, {name}": ours(unet, None) for name, unet in builds.items()}
+    return forwards | {f"minisvd, {name}, cut at {cut}": ours(unet, cut) for name, unet in builds.items()}
+
+
+def forwards_of(part: str, setting: Setting) -> Forwards:
+    """Of a part, by name; diffusers' first."""
+    if part in ("guided", "single"):
+        return step_forwards(setting, 2 if part == "guided" else 1)
+    return {"encode": encode_forwards, "decode": decode_forwards, "video": video_forwards}[part](setting)
+
+
+# --- how it is measured -------------------------------------------------------------------------------------------
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -104,83 +278,199 @@ def rounds(forwards: Sequence[Callable[[], Tensor]], repeats: int, device: str) 
     return times
 
 
-def ratio(times: np.ndarray) -> str:
-    """Median of the first column over that of the second, with its interval."""
+def ratio(times: np.ndarray) -> tuple[float, float, float]:
+    """Median of the first column over that of the second, and its interval."""
     low, high = bootstrap_interval(times, lambda rows: float(np.divide(*np.median(rows, axis=0))))
-    return f"{np.divide(*np.median(times, axis=0)):.3f}  [{low:.3f}, {high:.3f}]"
+    return float(np.divide(*np.median(times, axis=0))), low, high
 
 
-def unet_forwards(args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """diffusers' UNet on one input, ours in the two builds that are the same function, and our drop-in."""
-    dtype, config = DTYPES[args.dtype], CONFIGS[args.config]
-    w, h = (int(side) // 8 for side in args.size.split("x"))
-    ours, theirs = both_unets(config, args.device, dtype)
-    inputs = example_inputs(config, args.frames, w, h, args.device, dtype)
-    folded = fold(ours, "lossless")
-    with torch.device("meta"):
-        dropped_in: Any = minisvd.diffusers.UNetSpatioTemporalConditionModel.from_config(theirs.config)
-    dropped_in.adopt(folded)
-    return {
-        "diffusers": lambda: theirs(*inputs, return_dict=False)[0],
-        "minisvd": lambda: ours(*inputs),
-        "minisvd, lossless": lambda: folded(*inputs),
-        "minisvd.diffusers, lossless": lambda: dropped_in(*inputs, return_dict=False)[0],  # as their pipeline calls it
-    }
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large square product: the median of ten, after one that warms up."""
+    n = 8192 if device.startswith("cuda") else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    _ = a @ b
+    return 2 * n**3 / float(np.median([seconds(lambda: a @ b, device) for _ in range(10)]))
 
 
-def decode_forwards(args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """diffusers' decoding of all frames at once, and ours at several settings, the default first."""
-    dtype, widths = DTYPES[args.dtype], VAE_WIDTHS[args.config]
-    w, h = (int(side) // 8 for side in args.size.split("x"))
-    torch.manual_seed(0)
-    kinds: Any = ("DownEncoderBlock2D",) * len(widths)
-    theirs = DiffusersVAE(block_out_channels=widths, down_block_types=kinds, layers_per_block=2)
-    nn.Module.to(theirs, args.device, dtype).eval()
-    with torch.device("meta"):
-        ours = AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=widths)).eval()
-    ours.load_state_dict(theirs.state_dict(), assign=True)
-    latents = torch.randn(1, args.frames, 4, h, w, generator=torch.Generator().manual_seed(1)).to(args.device, dtype)
+def resident(name: str) -> float:
+    """Bytes of a row of /proc/self/status, such as VmHWM; not a number where there is none."""
+    try:
+        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return float("nan")
+    return float(next((row.split()[1] for row in rows if row.startswith(f"{name}:")), "nan")) * 1024
 
-    def setting(chunk: int, hold: Hold) -> Callable[[], Tensor]:
-        return lambda: ours.decode(latents, chunk, hold)[0]
 
-    default = GenerationConfig.decode_chunk
-    settings: list[tuple[int, Hold]] = [(default, "two"), (1, "two"), (args.frames, "two"), (default, "one")]
-    z = latents[0] / ours.config.scaling_factor
-    forwards = {"diffusers": lambda: theirs.decode(z, args.frames, return_dict=False)[0]}
-    return forwards | {f"minisvd, chunk {chunk}, hold {hold}": setting(chunk, hold) for chunk, hold in settings}
+def own_memory() -> float:
+    """Bytes in this process that are no file's."""
+    return resident("RssAnon")
+
+
+def measured_peak(forward: Callable[[], Tensor], device: str) -> float:
+    """Bytes by which memory grew at most while a forward ran."""
+    gc.collect()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        forward()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    except OSError:
+        return float("nan")
+    before = resident("VmRSS")
+    forward()
+    return resident("VmHWM") - before
+
+
+def counted_peaks(part: str, setting: Setting) -> dict[str, float]:
+    """Bytes of live tensors at the most, by shapes, of every forward that shapes alone can run."""
+    shapes = replace(setting, device="meta", compile=False)
+    original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
+    found = {}
+    try:
+        for name, forward in forwards_of(part, shapes).items():
+            with LiveBytes() as live:
+                forward()
+            found[name] = float(live.peak)
+    finally:
+        F.scaled_dot_product_attention = original
+    return found
+
+
+def compare(part: str, setting: Setting, repeats: int, rate: float) -> list[dict[str, Any]]:
+    """A row for each forward of a part. Raises SystemExit if two that are one function differ."""
+    forwards = forwards_of(part, setting)
+    theirs, errors = forwards["diffusers"](), {}
+    for name, forward in forwards.items():
+        tqdm.write(f"{part}: {name}{', which compiles, for minutes' if 'compiled' in name else ''}", file=sys.stderr)
+        out, same = forward(), part != "video" and not name.startswith("minisvd, True")
+        errors[name] = relative_error(out, theirs) if same else None
+    allowed = TOLERANCE[setting.dtype]
+    if wrong := {name: error for name, error in errors.items() if error is not None and not error <= allowed}:
+        raise SystemExit(f"{part}: the outputs differ, relative to the largest: {wrong}; need {allowed}")
+    times = rounds([*forwards.values()], repeats, setting.device)
+    grown = {name: measured_peak(forward, setting.device) for name, forward in forwards.items()}
+    counted = counted_peaks(part, setting) if part != "video" else {}
+    branches = {"guided": 2, "single": 1}.get(part, 0)
+    macs = unet_cost(CONFIGS[setting.config], setting.frames, setting.latent, branches).macs if branches else 0
+    rows = []
+    for i, (name, seen) in enumerate(errors.items()):
+        median = float(np.median(times[:, i]))
+        middle, low, high = ratio(times[:, [i, 0]])
+        row = {"part": part, "frames": setting.frames, "dtype": str(setting.dtype).removeprefix("torch."), "name": name}
+        row |= {"seconds": median, "ratio": middle, "interval": (low, high), "error": seen}
+        row |= {"counted": counted.get(name), "measured": grown[name]}
+        rows.append(row | ({"flops": 2 * macs / median, "share": 2 * macs / median / rate} if macs else {}))
+    return rows
+
+
+def compare_loading(setting: Setting, repeats: int) -> list[dict[str, Any]]:
+    """The same for loading a UNet in float32 from a local folder, each time in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        both_unets(replace(setting, device="cpu", dtype=torch.float32))[1].save_pretrained(folder)
+        times = np.empty((2, repeats, 2))  # seconds and bytes
+        for i in range(repeats):
+            for j in (0, 1) if i % 2 == 0 else (1, 0):
+                script = LOADING.format(loader=[*LOADERS.values()][j], folder=folder)
+                run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+                times[:, i, j] = [float(number) for number in run.stdout.split()[-2:]]
+    rows = []
+    for j, name in enumerate(LOADERS):
+        middle, low, high = ratio(times[0][:, [j, 0]])
+        row = {
+            "part": "load",
+            "frames": None,
+            "dtype": "float32",
+            "name": name,
+            "seconds": float(np.median(times[0, :, j])),
+        }
+        row |= {"ratio": middle, "interval": (low, high), "error": None, "counted": None}
+        rows.append(row | {"measured": float(np.median(times[1, :, j]))})
+    return rows
+
+
+# --- what is said of it -------------------------------------------------------------------------------------------
+
+
+def shown(rows: list[dict[str, Any]], gpu: bool) -> str:
+    """The rows as a table. A CPU's seconds say little about another, so only ratios and loading's seconds are in it."""
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        time = f"{row['seconds'] * 1e3:.1f} ms" if gpu or row["part"] == "load" else ""
+        low, high = row["interval"]
+        sizes = (f"{row[kind] / 1e9:.2f} GB" if row[kind] is not None else "" for kind in ("counted", "measured"))
+        rate = f"{row['flops'] / 1e12:.2f}, {row['share']:.0%}" if "flops" in row else ""
+        frames, error = str(row["frames"] or ""), "" if row["error"] is None else f"{row['error']:.1e}"
+        interval = f"{low:.3f} to {high:.3f}"
+        about = row["part"], frames, row["dtype"], row["name"]
+        return *about, time, f"{row['ratio']:.3f}", interval, *sizes, rate, error
+
+    titles = ("part", "frames", "dtype", "", "median", "/ diffusers", "95 % interval", "counted", "measured")
+    return table((*titles, "TFLOP/s, share", "difference"), "lrllrrrrrrr", map(cells, rows))
+
+
+def hardware(device: str) -> str:
+    """What it ran on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(row.split(":", 1)[1].strip() for row in rows if row.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("unet", "decode"), default="unet")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--config", choices=CONFIGS, default="small")
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--size", default="256x256", help="pixels, WxH, multiples of 64 (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="forwards of each (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--frames", type=int, nargs="+", default=[8])
+    parser.add_argument("--size", default="128x128", help="pixels, WxH, multiples of 64 (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="forwards of each (default: %(default)s)")
+    parser.add_argument("--video-repeats", type=int, default=2, help="of whole videos (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="of a video (default: %(default)s)")
+    parser.add_argument("--cut-step", type=int, default=17, help="of a video with the cut (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="the steps compiled, too")
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    forwards = {"unet": unet_forwards, "decode": decode_forwards}[args.part](args)
-    theirs = forwards["diffusers"]()
-    errors = {name: relative_error(forward(), theirs) for name, forward in forwards.items()}
-    if not max(errors.values()) <= TOLERANCE[DTYPES[args.dtype]]:
-        raise SystemExit(f"the outputs differ, relative to the largest: {errors}; need {TOLERANCE[DTYPES[args.dtype]]}")
+    width, height = (int(side) for side in args.size.split("x"))
+    rows, rates = [], {name: matmul_rate(args.device, DTYPES[name]) for name in args.dtype}
+    for name in args.dtype:
+        for frames in args.frames:
+            setting = Setting(args.device, DTYPES[name], args.config, frames, (width, height))
+            chosen: dict[str, Any] = {"steps": args.steps, "cut_step": args.cut_step, "compile": args.compile}
+            setting = replace(setting, **chosen)
+            for part in (part for part in args.part if part != "load"):
+                repeats = args.video_repeats if part == "video" else args.repeats
+                rows += compare(part, setting, repeats, rates[name])
+    if "load" in args.part:
+        rows += compare_loading(Setting("cpu", torch.float32, args.config, 1, (64, 64)), args.repeats)
 
-    times = rounds([*forwards.values()], args.repeats, args.device)
-    gpu = args.device.startswith("cuda")
-    where = torch.cuda.get_device_name(args.device) if gpu else "CPU"
-    print(f"{args.part}, {args.config} configuration, {args.frames} frames of {args.size}, {args.dtype}, {where},")
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {args.repeats} forwards of each")
-    titles = ("against diffusers", "largest difference", *(["median"] if gpu else []), "/ diffusers", "95 % interval")
-    rows = []
-    for i, name in list(enumerate(forwards))[1:]:
-        median = [f"{np.median(times[:, i]) * 1e3:.1f} ms"] if gpu else []
-        rows.append((name, f"{errors[name]:.1e}", *median, *ratio(times[:, [i, 0]]).split("  ")))
-    print(table(titles, "l" + "r" * (len(titles) - 1), rows))
+    where = hardware(args.device)
+    versions = {
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
+    rated = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
+    print(f"{args.config} configuration, {args.size}, {where}, {versions}, a large product in TFLOP/s: {rated}")
+    print(f"{args.repeats} forwards of each, {args.video_repeats} videos of {args.steps} steps\n")
+    print(shown(rows, args.device.startswith("cuda")))
+    print(
+        json.dumps(
+            {"hardware": where, "versions": versions, "asked": vars(args), "matmul": rates, "rows": finite(rows)}
+        )
+    )
+
+
+def finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no word for what is not a number: None."""
+    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from minisvd import (
     UNetConfig,
     VAEConfig,
 )
+from minisvd.memory import ECONOMIES, Economy, sliced
 from minisvd.vae import Hold
 from tools.output import table
 
@@ -107,24 +108,28 @@ def fused(q: Tensor, *_: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def peaks(
-    generation: GenerationConfig, dtype: torch.dtype, guided: bool = True, hold: Hold = "two"
+    generation: GenerationConfig, dtype: torch.dtype, guided: bool = True, economy: Economy = ECONOMIES[0]
 ) -> dict[str, float]:
-    """Gigabytes: the weights of all three parts, and the peak of what each stage allocates on top of them."""
+    """Gigabytes: the weights of all three parts, the peak of what each stage allocates on top of those that it finds
+    on the device, and the largest sum of the two."""
     (width, height), t = generation.size, generation.num_frames
     with torch.device("meta"):
         unet = SpatioTemporalUNet(UNetConfig()).to(dtype)
         vae = AutoencoderKLTemporalDecoder(VAEConfig()).to(dtype)
         clip = ImageEncoder(ClipConfig()).to(dtype)
-        b, h, w = 1 + guided, height // 8, width // 8
+        b, h, w = 1 + (guided and not economy.in_turn), height // 8, width // 8
         image = torch.empty(1, 3, height, width)
         sample, latents = torch.empty(b, t, 8, h, w, dtype=dtype), torch.empty(1, t, 4, h, w)
         embeds, c_noise, ids = torch.empty(b, 1, 1024, dtype=dtype), torch.empty(()), torch.empty(b, 3)
     stages = {
         "encode": lambda: vae.encode(image),
-        "one step": lambda: unet(sample, c_noise, embeds, ids),
-        "decode": lambda: vae.decode(latents, generation.decode_chunk, hold),
+        "one step": lambda: sliced(unet, economy.slices)(sample, c_noise, embeds, ids),
+        "decode": lambda: vae.decode(latents, generation.decode_chunk, economy.hold),
     }
-    result = {"weights": sum(p.nbytes for part in (unet, vae, clip) for p in part.parameters()) / 1e9}
+    weights = {part: sum(p.nbytes for p in part.parameters()) / 1e9 for part in (unet, vae, clip)}
+    everything = sum(weights.values())
+    there = [weights[part] if economy.visiting else everything for part in (vae, unet, vae)]
+    result = {"weights": everything}
     original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
     try:
         for name, stage in stages.items():
@@ -133,7 +138,7 @@ def peaks(
             result[name] = live.peak / 1e9
     finally:
         F.scaled_dot_product_attention = original
-    return result
+    return result | {"largest sum": max(map(sum, zip(there, [*result.values()][1:], strict=True)))}
 
 
 def main() -> None:
@@ -142,15 +147,25 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--decode-chunk", type=int, nargs="+", default=[GenerationConfig.decode_chunk])
     parser.add_argument("--decode-hold", choices=get_args(Hold), nargs="+", default=["two"])
+    parser.add_argument("--economies", action="store_true", help="every setting of minisvd.memory, to --low-memory")
     args = parser.parse_args()
-    titles = ("model", "dtype", "decode chunk", "hold", "weights", "encode", "one guided step", "decode", "largest sum")
+    titles = (
+        "model",
+        "dtype",
+        "decode chunk",
+        "setting",
+        "weights",
+        "encode",
+        "a guided step",
+        "decode",
+        "largest sum",
+    )
     rows = []
-    for chunk, hold in product(args.decode_chunk, args.decode_hold):
+    holds = [Economy(f"hold {hold}", hold=hold) for hold in args.decode_hold]
+    for chunk, economy in product(args.decode_chunk, ECONOMIES if args.economies else holds):
         generation = replace(PRESETS[args.model].generation, decode_chunk=chunk)
-        found = peaks(generation, getattr(torch, args.dtype), hold=hold)
-        total = found["weights"] + max(value for name, value in found.items() if name != "weights")
-        sizes = (f"{value:.1f} GB" for value in (*found.values(), total))
-        rows.append((args.model, args.dtype, str(chunk), hold, *sizes))
+        found = peaks(generation, getattr(torch, args.dtype), economy=economy)
+        rows.append((args.model, args.dtype, str(chunk), economy.name, *(f"{each:.1f} GB" for each in found.values())))
     print(table(titles, "llrlrrrrr", rows))
 
 

@@ -318,7 +318,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def _check_numbers(*tensors: Tensor, least: int = 1) -> None:
-    """Raise ValueError if the first tensor has fewer than `least` rows, or any a value that is infinite or no number."""
+    """Raise ValueError if the first tensor has fewer than `least` rows, or any a value that is not finite."""
     if len(tensors[0]) < least:
         raise ValueError(f"the shape is {list(tensors[0].shape)}: need at least {least} frames")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):

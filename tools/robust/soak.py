@@ -3,9 +3,9 @@
     python -m tools.robust.soak --jobs 2000 --processes 3
 
 Processes are ranks of one run of `minisvd generate`, as torchrun starts them: they share a store, and when one dies the
-others are ended and all begin again. A round has one fault: a rank, or all of them, ended by SIGKILL at a random time;
-a rank that may write no file beyond a random size, as on a full disk; or none. A last round has none and has nothing to
-do. Model and images are random numbers, so this needs no weights. The last line on stdout is JSON:
+others are ended and all begin again. A round ends when a rank, or all of them, are ended by SIGKILL, at a random time
+within --every seconds; in some, a rank may write no file beyond a random size, as on a full disk. The last round has no
+fault, and makes what is left. Model and images are random numbers. The last line on stdout is JSON:
 
     done      videos that are there, whole, with a record, of those asked for
     lost      that were said to be made and are not there
@@ -18,6 +18,7 @@ do. Model and images are random numbers, so this needs no weights. The last line
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -53,6 +54,7 @@ CLIP = ClipConfig(
 )  # fmt: skip
 GENERATION = GenerationConfig(num_frames=2, steps=1, size=(16, 16))
 SAMPLED = 20  # videos that are made once more by an undisturbed process
+ENDS = (0, 1, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)  # of a rank that met no bug
 EACH = 0.05  # seconds between looks at the ranks
 
 
@@ -77,6 +79,7 @@ def start(folder: Path, out: str, said: int, environment: dict[str, str], limit:
     if process := os.fork():
         return process
     os.dup2(said, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (not the parent's, which may be a file)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ.update(environment)
     if limit is not None:  # Python ignores the signal, so that a write fails as on a full disk
@@ -107,8 +110,7 @@ def growth(samples: list[float]) -> float:
 
 
 def run_round(ranks: list[int], fault: float | None, victims: list[int], lives: list[list[float]]) -> None:
-    """Until all ranks have ended: `victims` are killed after `fault` seconds; when one has died so, or has ended with a
-    bug, the others are ended too."""
+    """Until all ranks end: `victims` are killed after `fault` seconds; when one has died, the others are ended too."""
     began, alive, samples = time.monotonic(), set(ranks), {rank: [] for rank in ranks}
     while alive:
         time.sleep(EACH)
@@ -117,7 +119,9 @@ def run_round(ranks: list[int], fault: float | None, victims: list[int], lives: 
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 alive.discard(process)
-                if os.waitstatus_to_exitcode(status) not in (0, 1):
+                if (code := os.waitstatus_to_exitcode(status)) not in ENDS:
+                    raise RuntimeError(f"a rank ended with status {code}: run the same by hand to see why")
+                if code not in (0, 1):
                     for other in alive:
                         os.kill(other, signal.SIGTERM)
         if fault is not None and time.monotonic() - began > fault:
@@ -127,7 +131,7 @@ def run_round(ranks: list[int], fault: float | None, victims: list[int], lives: 
     lives += [[size for size in life if size] for life in samples.values()]
 
 
-def soak(folder: Path, jobs: int, processes: int, seed: int, longest: float) -> dict[str, Any]:
+def soak(folder: Path, jobs: int, processes: int, seed: int, every: float, longest: float) -> dict[str, Any]:
     """See the top of this file. The round that is running after `longest` seconds is the last but one."""
     began, dice = time.monotonic(), random.Random(seed)
     torch.set_num_threads(1)
@@ -141,7 +145,7 @@ def soak(folder: Path, jobs: int, processes: int, seed: int, longest: float) -> 
     said, lives, counts, rounds = Counter(), [], Counter(), 0
     last = False
     while True:
-        kind = "none" if last else dice.choices(["kill", "kill all", "full", "none"], [6, 2, 3, 1])[0]
+        kind = "none" if last else dice.choices(["kill", "kill all", "full"], [6, 2, 3])[0]
         full = dice.randrange(processes) if kind == "full" else None
         ranks = []
         for rank in range(processes):
@@ -152,13 +156,11 @@ def soak(folder: Path, jobs: int, processes: int, seed: int, longest: float) -> 
             limit = dice.randrange(2000) if rank == full else None
             ranks.append(start(folder, "out", writer, environment, limit))
         killed = ranks if kind == "kill all" else [dice.choice(ranks)]
-        run_round(ranks, dice.uniform(0.5, 12) if "kill" in kind else None, killed, lives)
+        run_round(ranks, None if last else dice.uniform(0, every), killed, lives)
         rounds += 1
         counts[kind] += 1
-        try:
+        with contextlib.suppress(BlockingIOError):  # nothing was said
             said.update(os.read(reader, 2**20).decode().split())
-        except BlockingIOError:
-            pass
         videos = [folder / f"out/{i:05}.gif" for i in range(jobs)]
         done = sum(bool(read_record(video)) and video.is_file() for video in videos)
         print(f"round {rounds}: {kind}, {done} of {jobs} done after {time.monotonic() - began:.0f} s", file=sys.stderr)
@@ -183,7 +185,7 @@ def soak(folder: Path, jobs: int, processes: int, seed: int, longest: float) -> 
         "growth": round(max(grown, default=0.0), 4),
         "hidden": sum(path.name.startswith(".") for path in (folder / "out").iterdir()),
         "rounds": rounds,
-        "kills": counts["kill"] + counts["kill all"] * processes,
+        "kills": counts["kill"] + counts["full"] + counts["kill all"] * processes,
         "full": counts["full"],
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -211,12 +213,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000, metavar="N", help="videos to make (default: 2000)")
     parser.add_argument("--processes", type=int, default=3, metavar="N", help="ranks that make them (default: 3)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults (default: 0)")
+    parser.add_argument("--every", type=float, default=30, metavar="S", help="seconds to a kill at most (default: 30)")
     parser.add_argument("--longest", type=float, default=3600, metavar="S", help="seconds, then one last round")
     args = parser.parse_args()
     if args.jobs < 1 or args.processes < 1:
         parser.error("--jobs and --processes are at least 1")
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        result = soak(Path(folder), args.jobs, args.processes, args.seed, args.longest)
+        result = soak(Path(folder), args.jobs, args.processes, args.seed, args.every, args.longest)
     print(json.dumps(result))
     sys.exit(int(any(result[name] for name in ("lost", "doubled", "broken")) or result["done"] < args.jobs))
 

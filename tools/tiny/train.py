@@ -84,7 +84,7 @@ CLIP_SHARES = [{1: 0.2, 2: 0.3, 3: 0.5}[stride] / sum(other == stride for other,
 VAE_FRAMES = Stage("vae-frames", steps=900, batch=8, lr=1.5e-3, report=150)
 VAE_VIDEO = Stage("vae-video", steps=80, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
-UNET_VIDEO = Stage("unet", steps=2000, batch=8, lr=2.5e-3, report=600, hold=0.5)
+UNET_VIDEO = Stage("unet", steps=8000, batch=8, lr=2.5e-3, report=1000, hold=0.4)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
 
 

@@ -1,0 +1,61 @@
+"""Theorem: one run of `tools.cost.benchmark` compares every part with diffusers' and says it in one JSON object."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from minisvd.accounting import unet_cost
+from tools.cost.benchmark import CONFIGS, PARTS, main, matmul_rate, measured_peak, ratio, rounds
+
+SMALL = {"config": "small", "size": "128x128", "frames": 2, "repeats": 2}
+QUICK = SMALL | {"video-repeats": 1, "steps": 2, "cut-step": 2}
+
+
+@pytest.mark.slow
+def test_a_quick_run_has_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    main([f"--{name}={value}" for name, value in QUICK.items()])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = report["rows"]
+    assert list(dict.fromkeys(row["part"] for row in rows)) == list(PARTS)
+    for part in PARTS:
+        names = [row["name"] for row in rows if row["part"] == part]
+        assert names[0] == "diffusers"
+        assert len(names) >= 2
+    steps = [row["name"] for row in rows if row["part"] == "guided"]
+    assert {"minisvd", "minisvd, lossless", "minisvd, True"} < set(steps)
+    assert "minisvd, True, cut at 2" in [row["name"] for row in rows]
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
+        assert (row["part"] in ("guided", "single")) == ("flops" in row)
+        if row["part"] in ("guided", "single", "encode", "decode"):
+            assert row["counted"] > 0
+    guided, single = (next(row for row in rows if row["part"] == part) for part in ("guided", "single"))
+    macs = unet_cost(CONFIGS["small"], 2, (16, 16), 2).macs
+    assert guided["flops"] == pytest.approx(2 * macs / guided["seconds"])
+    assert guided["share"] == pytest.approx(guided["flops"] / report["matmul"]["float32"])
+    assert guided["counted"] > 1.5 * single["counted"]
+    decoding = {row["name"]: row["counted"] for row in rows if row["part"] == "decode"}
+    assert decoding["minisvd, chunk 1, hold host"] < decoding["minisvd, chunk 2, hold one"] < decoding["diffusers"]
+
+
+def test_rounds_alternate_and_the_ratio_is_of_medians() -> None:
+    order: list[str] = []
+    times = rounds([lambda: order.append("a") or torch.zeros(1), lambda: order.append("b") or torch.zeros(1)], 4, "cpu")
+    assert "".join(order) == "abbaabba"
+    assert times.shape == (4, 2)
+    middle, low, high = ratio(np.array([[2.0, 1.0], [4.0, 2.0], [90.0, 3.0]]))
+    assert middle == 2
+    assert low <= middle <= high
+
+
+@pytest.mark.linux
+def test_memory_and_the_matrix_product_are_measured() -> None:
+    """200 MB, of which 50 stay: the peak is the 200; a product is slower in float64."""
+    grown = measured_peak(lambda: torch.ones(50_000_000)[:12_500_000].clone(), "cpu")
+    print(f"{grown / 1e6:.0f} MB")
+    assert 150e6 <= grown <= 270e6
+    assert measured_peak(lambda: torch.ones(1), "cpu") < 50e6  # control
+    assert matmul_rate("cpu", torch.float32) > 1e9
