@@ -204,3 +204,23 @@ def test_the_shown_page_is_what_the_code_makes_of_what_was_measured():
         texts[name] = found[1]
     assert explain.page(data, texts) == html
     assert len(html) < 2e6
+
+
+def test_the_page_of_a_large_model_stays_small():
+    """Frames, maps and weights of the released sizes, all of them noise, which packs worst, are less than 6 MB."""
+    generator = torch.Generator().manual_seed(0)
+    for frames, steps in ((14, 25), (25, 30)):
+        sites = explain.sites_shown(list(unet_blocks(UNetConfig(), frames, (128, 72))), frames)
+        assert sites
+        parts = [explain.bytes_of(site, frames) * 4 / 3 for site in sites]
+        with torch.no_grad():
+            attention = Attention(320, 5, 1024)
+        parts += [len(json.dumps(explain.cross_attention("", attention, torch.randn(144, 320), torch.randn(1024))))]
+        coarse = torch.rand(frames, 3, 18, 32, generator=generator)
+        shown = explain.small(
+            torch.nn.functional.interpolate(coarse, size=(576, 1024), mode="bicubic").clamp(0, 1), steps
+        )
+        parts += [(steps + 3) * len(explain.picture(explain.strip(shown))), 2 * shown.numel() * 4 / 3]
+        print(*(f"{part / 1e6:.2f}" for part in parts), "MB")
+        assert sum(parts) < explain.LARGE
+    assert explain.small(torch.rand(8, 3, 64, 64), 25).shape[-1] == 64  # what is small stays as it is

@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+import sys
 import zlib
 from html import escape
 from pathlib import Path
@@ -34,7 +35,9 @@ from tools.teach.maps import Seen, attentions, watched, weights
 from tools.teach.pictures import DARK, LIGHT, PAPER_CUT, numbers, shape, sort_of, u
 
 SIDE, CELLS, FRAMES = 128, 16, 25  # the most pixels a side, cells of a map a side, and frames, that a page shows
+PIXELS = 1_800_000  # of all frames of all steps
 MAPS, MAPPED = 1_200_000, 12  # bytes of maps, before they are packed, and of how many steps at most
+LARGE = 6_000_000  # bytes of a page
 SPACE, TIME = "transformer_blocks.0", "temporal_transformer_blocks.0"
 
 
@@ -60,10 +63,12 @@ def picture(image: Image.Image) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def small(frames: Tensor) -> Tensor:
-    """Frames [t,3,H,W] of at most `SIDE` pixels a side: each pixel the mean of those that it stands for."""
-    times = max(frames.shape[-2:]) / SIDE
-    sides = [max(1, round(side / times)) for side in frames.shape[-2:]]
+def small(frames: Tensor, steps: int) -> Tensor:
+    """Frames [t,3,H,W], of at most `SIDE` pixels a side and, for so many steps, of `PIXELS` in all: each pixel the mean
+    of those that it stands for."""
+    t, _, height, width = frames.shape
+    times = max(max(height, width) / SIDE, math.sqrt(steps * t * height * width / PIXELS))
+    sides = [max(1, round(side / times)) for side in (height, width)]
     return frames if times <= 1 else F.interpolate(frames, size=sides, mode="area")
 
 
@@ -217,7 +222,7 @@ def steps_shown(svd: StableVideoDiffusion, denoised: list[Tensor], shown: list[i
         frames = (svd.vae.decode(latents, given.decode_chunk)[0, shown].float().cpu() + 1) / 2
         about = {"number": i + 1, "left": f"{levels[i]:.3g}", "reached": f"{levels[i + 1]:.3g}", "branches": branches}
         away = (latents - denoised[-1]).square().mean().sqrt().item()
-        made.append({**about, "away": f"{away:.3f}", "strip": picture(strip(small(frames.clamp(0, 1))))})
+        made.append({**about, "away": f"{away:.3f}", "strip": picture(strip(small(frames.clamp(0, 1), len(denoised))))})
     return made
 
 
@@ -250,13 +255,13 @@ def gather(
     for vcut in BUILDS:
         build = StableVideoDiffusion(minisvd.fold(svd.unet, vcut), svd.vae, svd.clip, given)
         frames = first.frames if vcut is False else build(image, **settings).frames
-        builds.append(built(vcut, frames[shown], first.frames[shown]))
+        builds.append(built(vcut, frames[shown], first.frames[shown], n))
 
     words = [line[:44].strip() for line in ledger(run_cost(config, t, latent, n)).splitlines()[1:]]
     data = {
         "frames": t,
         "shown": shown,
-        "size": [small(first.frames).shape[-1], small(first.frames).shape[-2]],
+        "size": list(small(first.frames[shown], n).shape[:1:-1]),
         "fps": first.fps,
         "cut": PAPER_CUT,
         "blocks": described(blocks),
@@ -285,14 +290,15 @@ def drawn_u(config: UNetConfig, frames: int, size: tuple[int, int], title: str) 
     return u(config, frames, size, title).replace('role="img"', 'role="group"', 1)
 
 
-def built(vcut: Vcut, frames: Tensor, first: Tensor) -> dict[str, Any]:
-    """A build's frames, and how they differ from the first's."""
-    made: dict[str, Any] = {"name": repr(vcut), "strip": picture(strip(small(frames))), "said": "the released function"}
+def built(vcut: Vcut, frames: Tensor, first: Tensor, n: int) -> dict[str, Any]:
+    """A build's frames, and how they differ from the first's; of `n` steps, as small as the steps'."""
+    made: dict[str, Any] = {"name": repr(vcut), "strip": picture(strip(small(frames, n)))}
+    made["said"] = "the released function"
     if vcut is not False:
         error = (frames - first).square().mean().item()
         near = f"{-10 * math.log10(error):.1f} dB" if error else "equal"
         made["said"] = f"largest difference {(frames - first).abs().max().item():.2g} of 1; {near} to the first (PSNR)"
-        made["difference"] = packed(small(frames) - small(first), "i8")
+        made["difference"] = packed(small(frames, n) - small(first, n), "i8")
     return made
 
 
@@ -321,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     with atomic(args.out) as path:
         path.write_text(text, encoding="utf-8")
     print(args.out)
+    if len(text) > LARGE:
+        print(f"{args.out} has {len(text):,} bytes; fewer --steps make it smaller", file=sys.stderr)
 
 
 if __name__ == "__main__":
