@@ -9,7 +9,7 @@ import torch
 from minisvd.accounting import unet_cost
 from tools.cost.benchmark import CONFIGS, PARTS, main, matmul_rate, measured_peak, ratio, rounds
 
-SMALL = {"config": "small", "size": "128x128", "frames": 2, "repeats": 2}
+SMALL = {"config": "small", "size": "128x128", "frames": 2, "repeats": 1}
 QUICK = SMALL | {"video-repeats": 1, "steps": 2, "cut-step": 2}
 
 

@@ -39,7 +39,7 @@ def test_every_economy_makes_the_same_frames(tiny_folder: Path) -> None:
     assert (low(image, seed=1, **QUICK).frames - plain).abs().max() > 1e-3  # control
 
 
-@pytest.mark.parametrize("slices", [2, 7, 10_000])
+@pytest.mark.parametrize("slices", [2, 7, 50])
 def test_feed_forwards_in_slices_are_the_same_function(slices: int) -> None:
     """To rounding, whether the slices divide the tokens, do not, or are more than there are; with the gradients."""
     unet = randomised(SpatioTemporalUNet(UNET_CONFIG))

@@ -10,6 +10,7 @@ hypothesis can, and kept in tests/cases/, whose files the tests read again. The 
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import sys
@@ -17,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from io import BytesIO
@@ -212,6 +214,8 @@ def kinds() -> dict[str, Kind]:
 def peak(new: bool = False) -> float:
     """The most megabytes that this process has held, since a `new` count was begun."""
     if new:
+        with suppress(OSError, AttributeError):  # what was freed goes back, or a file could take it unseen
+            ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
