@@ -90,11 +90,9 @@ def settle(svd: StableVideoDiffusion, used: Mapping[str, Any], rows: int = 1) ->
 
 def fitting(needs: Iterable[int], has: int) -> tuple[Economy, str]:
     """The gentlest of ECONOMIES with these `peaks` that fits a device of so many bytes; a line on it, if it saves."""
-    full = need = 0
-    for economy, need in zip(ECONOMIES, needs, strict=False):  # noqa: B007, as the last one stays
-        full = full or need
-        if need <= MARGIN * has:
-            break
+    needs = list(needs)
+    full, at = needs[0], next((i for i, need in enumerate(needs) if need <= MARGIN * has), len(needs) - 1)
+    economy, need = ECONOMIES[at], needs[at]
     remedy = "" if need <= MARGIN * has else ", too much too: lower --frames or --size"
     line = (
         f"full speed needs {full / 1e9:.1f} GB, free are {has / 1e9:.1f}: {economy.name}, {need / 1e9:.1f} GB{remedy}"

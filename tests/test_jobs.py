@@ -68,7 +68,7 @@ def test_rows_of_a_manifest_are_runs_of_their_own(tiny_folder: Path, capsys: pyt
         ("[" * 100_000, "row 1: "),
         ("\xff", "is no object of settings"),
         ('{"image": "photos/a.png", "name": "../a.mp4"}', "out/../a.mp4 does not lie in out"),
-        ('{"image": "photos/a.png", "name": "/tmp/a.mp4"}', "/tmp/a.mp4 does not lie in out"),
+        ('{"image": "photos/a.png", "name": "/a.mp4"}', "/a.mp4 does not lie in out"),
         ('{"image": "photos/a.png", "name": "inner/a.mp4"}', "out/inner/a.mp4 does not lie in out"),
         ('{"image": "photos/a.png", "name": ".."}', "out/.. does not lie in out"),
         ('{"image": "photos/a.png", "name": "."}', "out does not lie in out"),

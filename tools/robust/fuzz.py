@@ -49,7 +49,7 @@ UNET = UNetConfig(
 )  # fmt: skip
 NAMES = [
     "../a.gif",
-    "/tmp/fuzz-a.gif",
+    "/fuzz-a.gif",
     "inner/a.gif",
     "..",
     ".",
