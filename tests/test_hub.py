@@ -296,7 +296,7 @@ def test_what_the_hub_refuses_is_one_sentence_that_says_what_to_do(
 
 def test_a_hub_in_trouble_is_one_sentence_with_its_own_reason(repositories: Path, port: int, online: Client) -> None:
     """It refuses, is asked too often, or is broken: its status is named. One that never answers is not waited for."""
-    with serving(repositories, port) as hub:
+    with serving(repositories, port):
         for status, reason in ((403, "Forbidden"), (429, "Too Many Requests"), (500, "Internal Server Error")):
             answer = online("resolve", f"status/{status}")
             assert answer.startswith(f"FileNotFoundError: status/{status} is not in the local cache: run once with"), (
