@@ -248,6 +248,9 @@ def resolve(
 
     Raises FileNotFoundError for what is not there and ValueError for what cannot be used, each with the remedy.
     """
+    for name, value in (("variant", variant), ("revision", revision)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} is {shown(value)}; need a name, or None")
     configs, released, path = dict(configs or {}), None, locate(source)
     if path is None:
         hub_id = PRESETS[str(source)].source if str(source) in PRESETS else str(source)

@@ -106,17 +106,17 @@ def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]
 def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_existing: bool = False) -> list[Job]:
     """What is asked for, row by row and seed by seed. A row's own name is the template of its videos in the folder.
     Raises what `check_output` raises, and ValueError where one would replace another or an image, or lie outside."""
-    jobs, taken, sources = [], set(), {image.resolve() for image, _, _ in rows}
+    jobs, taken, sources = [], set(), {os.path.realpath(image) for image, _, _ in rows}
     for image, name, own in rows:
         for index, seed in enumerate([own["seed"]] if "seed" in own else seeds):
             path = folder / fill(name or template, stem=image.stem, seed=seed, index=index)
-            if name and path.resolve().parent != folder.resolve():
+            if name and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
                 raise ValueError(f"{path} does not lie in {folder}: give the name of a file alone")
             if not (is_written(path) and (skip_existing or read_record(path))):  # else it may be left alone
                 check_output(path, is_ours(path))
             if path in taken:
                 raise ValueError(f"two videos would be written to {path}: give a folder, or add {{stem}} and {{seed}}")
-            if path.resolve() in sources:
+            if os.path.realpath(path) in sources:
                 raise ValueError(f"{path} is one of the images: choose another output")
             taken.add(path)
             jobs.append({"image": str(image), "seed": seed, "path": str(path), "settings": own | {"seed": seed}})

@@ -22,7 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from .config import Setting, check
+from .config import Setting, check, shown
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `check_output` is to answer at once
     from torch import Tensor
@@ -126,6 +126,8 @@ def check_output(path: str | Path, ours: bool = False) -> Path:
     not exist. FileExistsError: the target is a folder with something in it, not `ours`, or not of the name's kind.
     PermissionError: the folder cannot be written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"cannot write {shown(path)}: give a path")
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"cannot write {path}: use .mp4, .gif or .webp, or no extension for a folder of PNGs")

@@ -92,6 +92,17 @@ def test_a_manifest_that_cannot_be_meant_is_refused_in_one_line(
     assert Path("elsewhere.mp4").read_bytes() == b"a video of someone's"
 
 
+@pytest.mark.posix
+def test_links_to_themselves_are_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor videos, on the command line and in a manifest: one line that names them. Controls: all the other tests."""
+    os.symlink("loop.png", "loop.png")
+    os.symlink("loop.mp4", "out/loop.mp4")
+    name = manifest({"image": "photos/a.png", "name": "loop.mp4"})
+    assert "no image at loop.png" in refusal(capsys, "generate", "loop.png", "-o", "again.mp4")
+    said = "cannot write out/loop.mp4: it is a pipe, a device or a link to nothing"
+    assert said in refusal(capsys, "generate", "--manifest", name, "-o", "out")
+
+
 def test_where_a_manifest_is_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
     name = manifest({"image": "photos/a.png", "name": "a.mp4"})
     for argv, says in (
