@@ -26,8 +26,8 @@ def test_import_loads_nothing_heavy():
     """Bare import: not even torch. With every public name: torch, but none of the heavy libraries."""
     assert run("import minisvd, sys; print('torch' in sys.modules)") == "False"
     everything = "import minisvd, sys; [getattr(minisvd, name) for name in minisvd.HOME];"
-    assert run(f"{everything} print([m for m in {HEAVY} if m in sys.modules])") == "[]"
-    assert run(f"{everything} print('torch' in sys.modules)") == "True"  # control: the probe can see a module
+    probed = (*HEAVY, "torch")  # the last a control: the probe can see a module
+    assert run(f"{everything} print([m for m in {probed} if m in sys.modules])") == "['torch']"
 
 
 @pytest.mark.slow
@@ -36,9 +36,11 @@ def test_every_public_name_costs_under_half_a_second_beyond_torch():
         "import torch, time; start = time.process_time(); import minisvd;"
         "[getattr(minisvd, name) for name in minisvd.HOME]; print(time.process_time() - start)"
     )
-    seconds = min(float(run(code)) for _ in range(3))
-    print(f"{seconds:.2f} s of processor time")
-    assert seconds < 0.5
+    seconds = [float(run(code))]
+    while seconds[-1] >= 0.5 and len(seconds) < 3:  # the least of three, if the first is not enough
+        seconds.append(float(run(code)))
+    print(*(f"{each:.2f}" for each in seconds), "s of processor time")
+    assert seconds[-1] < 0.5
 
 
 def test_help_and_version_do_not_import_torch():

@@ -59,6 +59,7 @@ from minisvd.config import UNetConfig, VAEConfig
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder, Hold
 from tools.cost.memory import LiveBytes, fused
+from tools.cost.resident import resident
 from tools.measure.metrics import bootstrap_interval
 from tools.output import table, write_json
 
@@ -79,7 +80,7 @@ LOADERS = {
 LOADING = """
 import time, torch
 {loader}
-from tools.cost.benchmark import own_memory
+from tools.cost.resident import own_memory
 before, began = own_memory(), time.perf_counter()
 unet = load({folder!r})
 print(time.perf_counter() - began, own_memory() - before)
@@ -300,20 +301,6 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / float(np.median([seconds(lambda: a @ b, device) for _ in range(10)]))
 
 
-def resident(name: str) -> float:
-    """Bytes of a row of /proc/self/status, such as VmHWM; not a number where there is none."""
-    try:
-        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return float("nan")
-    return float(next((row.split()[1] for row in rows if row.startswith(f"{name}:")), "nan")) * 1024
-
-
-def own_memory() -> float:
-    """Bytes in this process that are no file's."""
-    return resident("RssAnon")
-
-
 def measured_peak(forward: Callable[[], Tensor], device: str) -> float:
     """Bytes by which memory grew at most while a forward ran."""
     gc.collect()
@@ -490,6 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
+    gc.freeze()  # so that looking for garbage, before memory is measured, does not go through all that is imported
     where = hardware(args.device)
     versions = {
         "torch": str(torch.__version__),
@@ -514,6 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         setting = Setting("cpu", torch.float32, args.config, 1, (64, 64))
         rows += found.of("load", None, "float32", partial(compare_loading, setting, args.repeats))
     beside_the_first(rows, args.dtype[0])
+    gc.unfreeze()
 
     rated = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
     print(f"{args.config} configuration, {args.size}, {where}, {versions}, a large product in TFLOP/s: {rated}")
