@@ -1,8 +1,11 @@
 """Is minisvd as fast and as small as diffusers? Both run in turn, in one process, on the same weights and inputs.
 
-    python -m tools.cost.benchmark                                              the ratios, on the CPU, quickly
-    python -m tools.cost.benchmark --config full --size 128x64 --dtype float32 bfloat16 --save runs/benchmark.json
-                                                                                the released network, on a quiet CPU
+The ratios, on a CPU, quickly; the released network, on a quiet one, part by part; its steps compiled; on a GPU:
+
+    python -m tools.cost.benchmark
+    python -m tools.cost.benchmark --config full --size 128x64 --video-size 64x64 --video-frames 4 --repeats 3 \\
+        --dtype float32 bfloat16 --save runs/benchmark.json
+    python -m tools.cost.benchmark --config full --size 128x64 --repeats 3 --part guided --compile
     python -m tools.cost.benchmark --device cuda --config full --size 1024x576 --frames 14 25 --dtype float16 bfloat16
 
 Parts: a guided step (a batch of two) and a single one, encoding, decoding at several chunks, a whole video of --steps
