@@ -422,7 +422,7 @@ def test_the_report_calls_different_what_is_and_nothing_else(found, tmp_path):
     assert "- `vcut=True`, c=17, mean. Found: nothing." in text
     assert "- mean. Found: subject consistency (at c=10)." in text
     assert "- c = 10: same: subject consistency; not found here: background consistency" in text
-    assert "- Colour: colour error of the estimate goes from 1.000 (sigma 1) to 0.000 (sigma 0.04); nine tenths" in text
+    assert "- Colour: colour error of the estimate goes from 1.000 (sigma 1) to 0.000; nine tenths" in text
     assert "are done at step 9, sigma 0.111." in text
     assert 'by its interval), the cheapest is `vcut="lossless"`, 10 steps: 0.500 of the work' in text
     assert text.count("|--:|") > 10
@@ -457,6 +457,16 @@ def test_the_reading_is_of_these_weights_and_its_figures_are_the_studys(found):
     ):
         with pytest.raises(ValueError, match=r"reading\.md asks for"):
             study_report.read(f"<!-- weights abc -->\n{{{{{wrong}}}}}", found)
+
+
+def test_the_reading_that_ships_asks_for_what_the_study_has(found):
+    """Whatever weights it was written for, and in whatever form: no place is left unfilled."""
+    reading = (Path(study.__file__).parents[1] / "results/reading.md").read_text(encoding="utf-8")
+    (weights,) = study_report.WRITTEN_FOR.findall(reading)
+    text = study_report.read(reading.replace(weights, "abc", 1), found)
+    assert text.startswith("## Reading")
+    assert "{{" in reading
+    assert "{{" not in text
 
 
 def test_the_readme_gets_the_fragment_between_its_marks(found, tmp_path):

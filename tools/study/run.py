@@ -300,11 +300,13 @@ def missing(work: Path, families: dict[str, Family], every: list[Unit]) -> dict[
 
 @torch.inference_mode()
 def expected_minutes(bench: Bench, todo: dict[Unit, list[Arm]], processes: int) -> float:
-    """Minutes that `todo` takes here, by the time of one guided step and one video's decoding and measures."""
-    unit = Unit(0, 0, BATCH)
-    walks = Walks(bench, draw(bench, unit))
-    denoise = denoiser(bench, walks.batch, BASELINE)
-    x = initial_latents(walks.batch.noise, BASELINE.sigmas(bench.plan.steps))
+    """Minutes that `todo` takes here at most, by the time of one guided step and of one video's decoding and measures:
+    a step that reuses deep features counts as a whole one."""
+    steps, levels = bench.plan.steps, BASELINE.sigmas(bench.plan.steps)
+    batch = draw(bench, Unit(0, 0, BATCH))
+    denoise, x = denoiser(bench, batch, BASELINE), initial_latents(batch.noise, levels)
+    alone = Walks(bench, draw(bench, Unit(0, 0, 1)))
+    alone.taken = {BASELINE: Walk([x[:1]] * (steps + 1), [])}
 
     def seconds(work: Callable[[], object]) -> float:
         work()
@@ -312,24 +314,22 @@ def expected_minutes(bench: Bench, todo: dict[Unit, list[Arm]], processes: int) 
         work()
         return time.perf_counter() - begin
 
-    step = seconds(lambda: denoise(x, torch.tensor(1.0), 1)) / BATCH
-    baseline = Walk([x] * (bench.plan.steps + 1), [])
-    walks.taken, walks.references = {BASELINE: baseline}, {BASELINE: [bench.decode(latents) for latents in x]}
-    rows = measure(walks, BASELINE, lambda: None)
-    video = seconds(lambda: (bench.decode(x[0]), next(rows)))
-    guided = bench.macs(BASELINE) / bench.plan.steps
-    total = 0.0
-    for each, arms in todo.items():
-        walked: dict[Arm, float] = {}
+    def one_video() -> None:
+        alone.references.clear()
+        next(measure(alone, BASELINE, lambda: None))
+
+    branch, video, total = seconds(lambda: denoise(x, levels[0], 1)) / BATCH / 2, seconds(one_video), 0.0
+    for unit, arms in todo.items():
+        walked: set[Arm] = set()
         for arm in arms:
-            total += len(each.numbers) * video
+            total += len(unit.numbers) * video
             way = replace(arm, estimate=None)
             while way not in walked:
+                walked.add(way)
                 trunk, first = way.origin()
-                share = (bench.plan.steps - first + 1) / bench.plan.steps if trunk != way else 1.0
-                walked[way] = share * bench.macs(way) / guided * step
+                own = way.calls(steps, bench.guidance)[first - 1 :]
+                total += len(unit.numbers) * branch * sum(branches for _, branches, _ in own)
                 way = trunk
-        total += len(each.numbers) * sum(walked.values())
     return total / 60 / processes
 
 
