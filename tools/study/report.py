@@ -219,7 +219,7 @@ def markdown(study: Study, reading: str = "") -> str:
     plan, families = study["plan"], by_family(study)
     blocks = [
         f"# The shortcuts, measured where the right answer is known\n\nMade by `{study['command']}`. {settings(study)}",
-        HOW.format(subject=plan["subject"], background=plan["background"]),
+        HOW.format(**plan),
     ]
     if "frontier" in families:
         blocks += ["## All shortcuts, on one frontier", FRONTIER_PLOT, frontier_table(families["frontier"])]
@@ -283,7 +283,8 @@ with the true shape. Heading and speed errors are medians, over the scenes that 
 as worst. *Largest latent difference* is that of any number in any scene's latents, whose standard deviation is about 1.
 Consistencies are Eq. 5 to 8 of arXiv 2407.19205, the subject's with the encoder `{subject}`, the background's with
 `{background}` (`tiny` is the model's image encoder, `pixels` the frames themselves); motion is the mean length of the
-largest 5 % of a Lucas-Kanade flow, and a video moves where VBench's dynamic degree says so of that flow.
+largest 5 % of a Lucas-Kanade flow, and a video moves where VBench's dynamic degree says so of that flow. These, and
+smoothness, are measured on the first {few} scenes with their first noise, whatever else a table is made of.
 """.strip()
 
 HEADINGS = {
