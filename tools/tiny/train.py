@@ -8,11 +8,14 @@ Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 """
 
 import argparse
+import copy
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +49,7 @@ from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, t
 from tools.tiny.evaluate import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
 from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
 
-VAE = VAEConfig(block_out_channels=(64, 64, 96))  # a factor of 4; two channels to a group, see `linear_start`
+VAE = VAEConfig(block_out_channels=(96, 64, 64, 96))  # three channels to a group of the last norms: see `linear_start`
 CLIP = ClipConfig(
     hidden_size=128,
     num_hidden_layers=4,
@@ -58,7 +61,7 @@ CLIP = ClipConfig(
 )
 UNET = UNetConfig(
     block_out_channels=(64, 96, 96),
-    attention=(False, True, True),
+    attention=(True, True, False),
     num_attention_heads=(2, 3, 3),
     layers_per_block=1,
     cross_attention_dim=CLIP.projection_dim,
@@ -73,19 +76,16 @@ LATENT_NOISE = 0.03  # on unit-variance latents, when the temporal decoder learn
 SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
-DRAWINGS, POOL_DRAWINGS = 0.3, 0.2  # share of the wider scenes in what VAE and UNet learn from
-POOL = 1600  # scenes whose latents the UNet learns from
-PLACES = 22  # of each scene's shape along its path: for clips of 8 frames at one, two or three times their distance
-FARTHEST = (scenes.FRAMES - 1) * scenes.TOP_SPEED / scenes.FPS[0]  # pixels from the first place to the last, at most
-STARTS = (0, 3, 7, 10, 14)  # the places at which a clip begins
-CLIPS = [(stride, start) for stride in (1, 2, 3) for start in STARTS if start + (scenes.FRAMES - 1) * stride < PLACES]
-CLIP_SHARES = [{1: 0.2, 2: 0.3, 3: 0.5}[stride] / sum(other == stride for other, _ in CLIPS) for stride, _ in CLIPS]
+POOL, FAST_POOL = 6000, 8000  # clips whose latents the UNet learns from: as they are asked for, and mostly fast ones
+NOISE_DRAWS = 2  # of noise augmentation, for each of them
 
-VAE_FRAMES = Stage("vae-frames", steps=900, batch=8, lr=1.5e-3, report=150)
-VAE_VIDEO = Stage("vae-video", steps=80, batch=2, lr=5e-4, report=40)
+VAE_FRAMES = Stage("vae-frames", steps=1150, batch=8, lr=1.5e-3, report=230)
+VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
-UNET_VIDEO = Stage("unet", steps=8000, batch=8, lr=2.5e-3, report=1000, hold=0.4)
-STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO)
+UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
+UNET_FAST = Stage("unet-fast", steps=3200, batch=16, lr=1e-3, report=800, hold=0.4)
+STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST)
+DrawClip = Callable[[np.random.Generator], tuple[scenes.Scene, int, float, np.ndarray]]  # as `scenes.random_clip`
 
 
 # The VAE: frames alone first, then the temporal decoder.
@@ -166,36 +166,34 @@ def decode_frames(vae: AutoencoderKLTemporalDecoder, z: Tensor) -> Tensor:
     return decoder.conv_out(F.silu(decoder.conv_norm_out(x)))
 
 
-def draw_scenes(rng: np.random.Generator, drawings: float) -> tuple[scenes.Scene, ...]:
-    """A standard scene, or in a share of `drawings` one of the wider ones."""
-    return scenes.random_drawing(rng) if rng.random() < drawings else (scenes.random_scene(rng),)
-
-
-def film(drawn: tuple[scenes.Scene, ...], places: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Frames [t,3,H,W], uint8, of shapes at places [t,2] each, and their silhouettes [t,H,W]."""
-    silhouettes = [scenes.silhouette(scene, place) for scene, place in zip(drawn, places, strict=True)]
-    return scenes.render_together(drawn, places), np.max(silhouettes, axis=0)
-
-
-def draw_frames(rng: np.random.Generator, count: int, drawings: float = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_frames(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Single frames [b,3,H,W], uint8, each somewhere on a fresh scene's path; and the shapes' silhouettes [b,H,W]."""
-    films = []
+    frames, silhouettes = [], []
     for _ in range(count):
-        drawn, bucket = draw_scenes(rng, drawings), rng.uniform(0, 255)
-        films.append(film(drawn, [scenes.path(scene, bucket, scenes.FPS[0])[-1:] for scene in drawn]))
-    frames, silhouettes = zip(*films, strict=True)
+        scene = scenes.random_scene(rng)
+        at = scenes.path(scene, rng.uniform(0, 255), scenes.FPS[0])[-1:]
+        frames.append(scenes.render(scene, at))
+        silhouettes.append(scenes.silhouette(scene, at))
     return np.concatenate(frames), np.concatenate(silhouettes)
 
 
-def draw_videos(rng: np.random.Generator, count: int, drawings: float = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_videos(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Whole clips [b,t,3,H,W], uint8, and the shapes' silhouettes [b,t,H,W]."""
-    films = []
-    for _ in range(count):
-        drawn = draw_scenes(rng, drawings)
-        fps, bucket = int(rng.integers(scenes.FPS[0], scenes.FPS[1] + 1)), int(rng.integers(256))
-        films.append(film(drawn, [scenes.path(scene, bucket, fps) for scene in drawn]))
-    frames, silhouettes = zip(*films, strict=True)
-    return np.stack(frames), np.stack(silhouettes)
+    clips = [scenes.random_clip(rng) for _ in range(count)]
+    silhouettes = [scenes.silhouette(scene, scenes.path(scene, bucket, fps)) for scene, fps, bucket, _ in clips]
+    return np.stack([frames for *_, frames in clips]), np.stack(silhouettes)
+
+
+def fast_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
+    """As `scenes.random_clip`, but the pixels per frame are drawn, mostly many, and then an fps that allows them.
+
+    Of clips as they are asked for, half move by less than a third of what the fastest do, and are nearly still.
+    """
+    scene, pace = scenes.random_scene(rng), scenes.TOP_SPEED / scenes.FPS[0] * rng.random() ** 0.75
+    fastest = min(scenes.FPS[1], int(scenes.TOP_SPEED / pace))
+    fps = int(rng.integers(scenes.FPS[0], fastest + 1))
+    bucket = 255 * pace * fps / scenes.TOP_SPEED
+    return scene, fps, bucket, scenes.render(scene, scenes.path(scene, bucket, fps))
 
 
 def posterior(vae: AutoencoderKLTemporalDecoder, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +226,7 @@ def train_vae_frames(run: Run) -> AutoencoderKLTemporalDecoder:
     held_out = run.unit(draw_frames(np.random.default_rng(HELD_OUT_SEED), 96)[0])
 
     def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
-        frames, silhouettes = draw_frames(rng, batch, DRAWINGS)
+        frames, silhouettes = draw_frames(rng, batch)
         image = run.unit(frames)
         with run.autocast():
             mean, log_variance = posterior(vae, image)
@@ -281,7 +279,7 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
         return functional_call(vae.decoder, weights, (z.bfloat16(),))
 
     def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
-        frames, silhouettes = draw_videos(rng, batch, DRAWINGS)
+        frames, silhouettes = draw_videos(rng, batch)
         video, silhouette = run.unit(frames), torch.from_numpy(silhouettes).to(run.device)
         output = decode(vae, video, LATENT_NOISE)
         return reconstruction_loss(output.flatten(0, 1), video.flatten(0, 1), silhouette.flatten(0, 1))
@@ -342,81 +340,76 @@ def new_unet() -> SpatioTemporalUNet:
     return unet
 
 
-def clip_pool(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> dict[str, Tensor]:
-    """This process's share of `POOL` scenes, made once: latents [n,PLACES,4,h,w] at equal distances along each path,
-    that distance [n] in pixels, and of each place in `STARTS`, image embeddings [n,s,1,d] and, with noise added to the
-    image before it is encoded, latents [n,s,4,h,w] and the noise's deviation [n,s], log-normal."""
-    file = run.work / f"pool-{run.rank}-of-{run.processes}.pt"
+def clip_pool(
+    run: Run, name: str, draw: DrawClip, count: int, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder
+) -> dict[str, Tensor]:
+    """This process's share of `count` clips, made once: latents [n,t,4,h,w], image embeddings [n,1,d], ids [n,2], and
+    of the first frame, `NOISE_DRAWS` times with noise added before it is encoded, latents [n,k,4,h,w] and the noise's
+    deviation [n,k], log-normal."""
+    file = run.work / f"{name}-{run.rank}-of-{run.processes}.pt"
     if file.exists():
         return torch.load(file, map_location=run.device)
     torch.manual_seed(run.seed + run.rank)
-    rng, rows = np.random.default_rng([run.seed, len(STAGES), run.rank]), []
-    starts = torch.tensor(STARTS, device=run.device)
-    for _ in tqdm(range(POOL // run.processes), "scenes for the unet", disable=run.rank > 0):
-        drawn, spacing = draw_scenes(rng, POOL_DRAWINGS), rng.uniform(0, FARTHEST / (PLACES - 1))
-        bucket = spacing * 255 / scenes.TOP_SPEED  # moves by `spacing` at one frame a second
-        video = run.unit(scenes.render_together(drawn, [scenes.path(scene, bucket, 1, PLACES) for scene in drawn]))
-        noise_aug = (NOISE_AUG_MEAN + NOISE_AUG_STD * torch.randn(len(STARTS), device=run.device)).exp()
-        first = video[starts] + noise_aug[:, None, None, None] * torch.randn_like(video[starts])
+    rng, rows = np.random.default_rng([run.seed, *name.encode(), run.rank]), []
+    vae = copy.deepcopy(vae)
+    vae.encoder.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    for _ in tqdm(range(count // run.processes), name, disable=run.rank > 0):
+        _, fps, bucket, frames = draw(rng)
+        video = run.unit(frames)
+        noise_aug = (NOISE_AUG_MEAN + NOISE_AUG_STD * torch.randn(NOISE_DRAWS, device=run.device)).exp()
+        first = video[0] + noise_aug[:, None, None, None] * torch.randn(NOISE_DRAWS, *video[0].shape, device=run.device)
+        images = torch.cat([video, first]).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), run.autocast():
-            latents, _ = posterior(vae, torch.cat([video, first]))
+            latents, _ = posterior(vae, images)
         with torch.no_grad():
-            embeds = clip(video[starts])
-        distance = torch.tensor(spacing, dtype=torch.float32, device=run.device)
-        rows.append((VAE.scaling_factor * latents[:PLACES], distance, embeds, latents[PLACES:], noise_aug))
-    names = ("latents", "spacing", "embeds", "first", "noise_aug")
+            embeds = clip(video[:1])
+        row = (VAE.scaling_factor * latents[: len(video)], embeds[0], torch.tensor([fps - 1.0, bucket]).to(run.device))
+        rows.append((*row, latents[len(video) :], noise_aug))
+    names = ("latents", "embeds", "ids", "first", "noise_aug")
     pool = {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     with atomic(file) as path:
         torch.save(pool, path)
     return pool
 
 
-def draw_pooled(pool: dict[str, Tensor], rng: np.random.Generator, batch: int) -> tuple[Tensor, ...]:
-    """Clips of a pool's scenes: latents [b,t,4,h,w], noisy first latents [b,4,h,w], embeddings [b,1,d], ids [b,3].
-
-    A clip starts at one of `STARTS` and takes every place, every second or every third: so each scene gives clips of
-    several speeds and starts. The fps is any at which a bucket of at most 255 gives that speed.
-    """
-    rows, choice = rng.integers(len(pool["latents"]), size=batch), rng.choice(len(CLIPS), size=batch, p=CLIP_SHARES)
-    stride, start = np.array(CLIPS)[choice].T
-    pace = stride * pool["spacing"][rows].cpu().numpy()  # pixels per frame
-    fastest = np.minimum(scenes.FPS[1], (scenes.TOP_SPEED / np.maximum(pace, 1e-6) + 1e-4).astype(int))
-    fps = rng.integers(scenes.FPS[0], fastest + 1)
-    bucket = pace * fps * 255 / scenes.TOP_SPEED
-    places = start[:, None] + stride[:, None] * np.arange(scenes.FRAMES)
-    begins = np.searchsorted(STARTS, start)
-    y, noise_aug = pool["latents"][rows[:, None], places], pool["noise_aug"][rows, begins]
-    numbers = torch.from_numpy(np.stack([fps - 1, bucket], axis=1)).float().to(y.device)
-    return y, pool["first"][rows, begins], pool["embeds"][rows, begins], torch.cat([numbers, noise_aug[:, None]], dim=1)
-
-
-def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
-    """EDM's v-loss |F(c_in x, c_noise) - (y - c_skip x) / c_out|^2 at x = y + sigma n, ln sigma normal.
+def v_loss(
+    run: Run, clips: Callable[[], dict[str, Tensor]], unet: SpatioTemporalUNet, rng: np.random.Generator, batch: int
+) -> Tensor:
+    """EDM's |F(c_in x, c_noise) - (y - c_skip x) / c_out|^2 at x = y + sigma n, ln sigma normal.
 
     A batch's noise levels are one of each of as many equally likely parts of that normal distribution.
     The condition frame has noise of a log-normal deviation, which is told; the whole condition is dropped, embedding
     and latent together, from one clip in ten, for guidance. The network runs in bfloat16 on float32 weights.
     """
-    pool = {} if run.finish else clip_pool(run, vae, clip)
+    pool = clips()
+    rows = torch.from_numpy(rng.integers(len(pool["latents"]), size=batch))
+    draw = torch.from_numpy(rng.integers(NOISE_DRAWS, size=batch))
+    y, embeds, ids = (pool[name][rows] for name in ("latents", "embeds", "ids"))
+    latent, noise_aug = (pool[name][rows, draw] for name in ("first", "noise_aug"))
+    keep = (torch.rand(batch, device=run.device) >= CONDITION_DROPOUT).float()
+    latent, embeds = latent * keep[:, None, None, None], embeds * keep[:, None, None]
+    spread = (torch.arange(batch, device=run.device) + torch.rand(batch, device=run.device)) / batch
+    sigma = (SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(spread)).exp()
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None, None])
+    x = y + sigma[:, None, None, None, None] * torch.randn_like(y)
+    sample = torch.cat([c_in * x, repeat(latent, "b c h w -> b t c h w", t=y.shape[1])], dim=2)
+    ids = torch.cat([ids, noise_aug[:, None]], dim=1)
+    weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
+    with sdpa_kernel(SDPBackend.MATH):  # for so few tokens the written-out kernel is the faster one
+        output = functional_call(unet, weights, (sample.bfloat16(), c_noise.flatten(), embeds.bfloat16(), ids))
+    return (output.float() - (y - c_skip * x) / c_out).square().mean()
 
-    def loss(unet: SpatioTemporalUNet, rng: np.random.Generator, batch: int) -> Tensor:
-        y, latent, embeds, ids = draw_pooled(pool, rng, batch)
-        keep = (torch.rand(batch, device=run.device) >= CONDITION_DROPOUT).float()
-        latent, embeds = latent * keep[:, None, None, None], embeds * keep[:, None, None]
-        spread = (torch.arange(batch, device=run.device) + torch.rand(batch, device=run.device)) / batch
-        sigma = (SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(spread)).exp()
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None, None])
-        x = y + sigma[:, None, None, None, None] * torch.randn_like(y)
-        sample = torch.cat([c_in * x, repeat(latent, "b c h w -> b t c h w", t=y.shape[1])], dim=2)
-        weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
-        with sdpa_kernel(SDPBackend.MATH):  # for so few tokens the written-out kernel is the faster one
-            output = functional_call(unet, weights, (sample.bfloat16(), c_noise.flatten(), embeds.bfloat16(), ids))
-        return (output.float() - (y - c_skip * x) / c_out).square().mean()
 
-    def report(unet: SpatioTemporalUNet) -> str:
-        return quick_look(run, unet, vae, clip)
+def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
+    """On clips as they are asked for; then, from there, on more clips, most of which move fast."""
 
-    return fit(run, UNET_VIDEO, new_unet, loss, report, muon_and_adamw)
+    def stage(stage: Stage, build: Callable[[], SpatioTemporalUNet], draw: DrawClip, count: int) -> SpatioTemporalUNet:
+        pool = cache(partial(clip_pool, run, f"{stage.name}-clips", draw, count, vae, clip))
+        loss = partial(v_loss, run, pool)
+        return fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
+
+    unet = stage(UNET_VIDEO, new_unet, scenes.random_clip, POOL)
+    return stage(UNET_FAST, lambda: unet, fast_clip, FAST_POOL)
 
 
 # Held-out figures, and the folder.
