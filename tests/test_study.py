@@ -385,7 +385,7 @@ def made_up(changed: dict[str, tuple[str, float]]) -> dict:
                 row |= {m.key: 0.5 for m in study_report.PAIRED} | {"scene": scene, "noise": noise, "arm": arm.name}
                 row["heading_error"] = None if scene % 4 == 0 else float(scene)
                 if arm.estimate:
-                    row["colour_error"] = 1.0 if arm.estimate < 9 else 0.0
+                    row["colour_error"] = 1.0 if arm.estimate < 9 else scene / SCENES
                 if arm.name in changed:
                     key, by = changed[arm.name]
                     row[key] += by * (1 + 0.01 * scene + 0.005 * noise)
@@ -422,8 +422,7 @@ def test_the_report_calls_different_what_is_and_nothing_else(found, tmp_path):
     assert "- `vcut=True`, c=17, mean. Found: nothing." in text
     assert "- mean. Found: subject consistency (at c=10)." in text
     assert "- c = 10: same: subject consistency; not found here: background consistency" in text
-    assert "- Colour: colour error of the estimate goes from 1.000 (sigma 1) to 0.000; nine tenths" in text
-    assert "are done at step 9, sigma 0.111." in text
+    assert "- Colour: colour error is 1.000 in the first estimate (sigma 1) and 0.219 in the video; from step 9" in text
     assert 'by its interval), the cheapest is `vcut="lossless"`, 10 steps: 0.500 of the work' in text
     assert text.count("|--:|") > 10
 

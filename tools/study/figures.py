@@ -109,21 +109,22 @@ def legend() -> list[Any]:
     return [*handles, Line2D([], [], color=FRONTIER, linewidth=5, label="frontier (open: vcut=True)")]
 
 
-def decided_plot(entries: list[Entry], path: Path) -> None:
-    """Errors of the estimates D against sigma, one panel each; a line where nine tenths of the change are done."""
+def decided_plot(estimates: list[Entry], path: Path) -> None:
+    """How the estimates D differ from the finished video, against sigma; a line from which on they do not."""
     figure = plotting()(figsize=(5 * len(DECIDED), 4), layout="constrained")
     for axis, (what, key) in zip(figure.subplots(1, len(DECIDED)), DECIDED.items(), strict=True):
-        found = [entry["measures"][key] for entry in entries]
-        sigmas = [entry["sigma"] for entry in entries]
-        axis.fill_between(sigmas, [f["low"] for f in found], [f["high"] for f in found], color="#0072B2", alpha=0.2)
-        axis.plot(sigmas, [f["value"] for f in found], "o-", color="#0072B2", markersize=4)
-        axis.axvline(report.decided(entries, key)["sigma"], color="#D55E00", linewidth=1.2)
+        measure, deltas = MEASURES[key], [entry["differences"][key] for entry in estimates]
+        sigmas = [entry["sigma"] for entry in estimates]
+        axis.axhline(0, color="#333333", linewidth=0.8)
+        axis.fill_between(sigmas, [d["low"] for d in deltas], [d["high"] for d in deltas], color="#0072B2", alpha=0.2)
+        axis.plot(sigmas, [d["mean"] for d in deltas], "o-", color="#0072B2", markersize=4)
+        if there := report.decided(estimates, key):
+            axis.axvline(there["sigma"], color="#D55E00", linewidth=1.2)
         axis.set_xscale("log")
         axis.invert_xaxis()
         axis.set_xlabel("sigma of the step")
-        axis.set_title(
-            f"{what}: {MEASURES[key].title}{f', {MEASURES[key].unit}' if MEASURES[key].unit else ''}", loc="left"
-        )
+        unit = f", {measure.unit}" if measure.unit else ""
+        axis.set_title(f"{what}: {measure.title} of D, less the video's{unit}", loc="left", fontsize=11)
         plain(axis)
     save(figure, path)
 

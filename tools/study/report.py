@@ -47,7 +47,7 @@ TRUTH = (  # against the one right answer
     Measure("overlap_last", "overlap, last frame"),
     Measure("heading_error", "heading error", "median", "°", 2),
     Measure("speed_error", "speed error", "median", "%", 1),
-    Measure("last_position_error", "last position", "mean", "px", 2),
+    Measure("last_position_error", "last position's error", "mean", "px", 2),
     Measure("colour_error", "colour error"),
     Measure("first_frame_psnr", "first frame's PSNR", "mean", "dB", 2),
     Measure("psnr", "PSNR", "mean", "dB", 2),
@@ -304,7 +304,7 @@ PAPER_WORDS = (
 ESTIMATES = """
 ![Denoised estimates of a few scenes, step by step](study-estimates.png)
 
-![Errors of form, motion and colour of the denoised estimate, against the noise level](study-decided.png)
+![Colour, form and motion of the estimates, less the finished video's, against the noise level](study-decided.png)
 """.strip()
 
 
@@ -592,7 +592,7 @@ DECIDED = {  # what: measure of the estimate's error, or of its rightness
     "form": "overlap_mean",
     "motion": "last_position_error",
 }
-NEAR = 0.1  # of the whole change
+NEAR = 0.1  # of the largest difference
 
 
 def estimates_table(entries: list[Entry]) -> str:
@@ -602,22 +602,25 @@ def estimates_table(entries: list[Entry]) -> str:
     return table(titles, "rr" + "r" * len(shown), rows)
 
 
-def decided(entries: list[Entry], key: str) -> Entry:
-    """The first estimate from which on the measure stays within NEAR of its whole change of its last value."""
-    values = [entry["measures"][key]["value"] for entry in entries]
-    reach = NEAR * max(abs(value - values[-1]) for value in values)
-    far = [i for i, value in enumerate(values) if abs(value - values[-1]) > reach]
-    return entries[far[-1] + 1 if far else 0]
+def decided(estimates: list[Entry], key: str) -> Entry | None:
+    """The first estimate from which on the measure is the finished video's: their difference is at most NEAR of the
+    largest, or its interval holds 0. None if that of the last is not."""
+    deltas = [entry["differences"][key] for entry in estimates]
+    reach = NEAR * max(abs(delta["mean"]) for delta in deltas)
+    far = [i for i, d in enumerate(deltas) if abs(d["mean"]) > reach and not d["low"] <= 0 <= d["high"]]
+    after = far[-1] + 1 if far else 0
+    return estimates[after] if after < len(estimates) else None
 
 
 def decided_sentences(entries: list[Entry]) -> list[str]:
-    estimates, lines = entries[1:], []
+    end, estimates, lines = entries[0], entries[1:], []
     for what, key in DECIDED.items():
-        first, last, there = estimates[0], estimates[-1], decided(estimates, key)
+        first, there = estimates[0], decided(estimates, key)
+        when = f"step {there['estimate']}, sigma {there['sigma']:.3g}" if there else "the end"
         lines.append(
-            f"- {what.capitalize()}: {MEASURES[key].title} of the estimate goes from {shown(first, key)} (sigma "
-            f"{first['sigma']:.3g}) to {shown(last, key)}; nine tenths of its change are done at step "
-            f"{there['estimate']}, sigma {there['sigma']:.3g}."
+            f"- {what.capitalize()}: {MEASURES[key].title} is {shown(first, key)} in the first estimate (sigma "
+            f"{first['sigma']:.3g}) and {shown(end, key)} in the video; from {when} on it is the video's, to a tenth "
+            f"of the largest difference or within its interval."
         )
     return lines
 
