@@ -24,7 +24,7 @@ from minisvd.save import save_folder
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder
 from tools.output import plotting
-from tools.study import figures
+from tools.study import figures, summary
 from tools.study import report as study_report
 from tools.study import run as study
 from tools.study.arms import BASELINE, LEVELS, RELEASED, Arm, Family, Plan
@@ -113,7 +113,8 @@ SHARING = [*FAMILIES["cuts"].arms[2:], FAMILIES["control-paper"].arms[2], Arm(re
 @pytest.mark.parametrize("arm", SHARING, ids=lambda arm: arm.name)
 def test_a_cut_arm_that_shares_its_first_steps_ends_where_a_full_run_does(bench, batch, walks, arm):
     """Bit for bit; c = 1 shares nothing, c = 5 of 4 steps shares all, and reuse begins anew at the cut."""
-    schedule = GuidanceSchedule(*(arm.guidance or OWN), arm.cut_step, arm.stage2)
+    low, high = arm.guidance or OWN
+    schedule = GuidanceSchedule(low, high, arm.cut_step, arm.stage2)
     unet = bench.unets[arm.build] if arm.reuse is None else DeepCache(bench.unets[arm.build], arm.reuse)
     full = full_run(unet, batch, schedule, batch.embeds, edm_sigmas(4))
     shared = walks.end(arm)
@@ -237,7 +238,7 @@ def test_noise_levels_fall_from_the_top_to_zero(name):
 # DeepCache.
 
 
-def given(seed: int) -> tuple[Tensor, ...]:
+def given(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sample, embeds = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8, 8, 8), (2, 1, 24)))
     return sample, torch.tensor(0.3), embeds, torch.tensor([[6.0, 127.0, 0.02]])
@@ -357,8 +358,8 @@ def test_every_arm_of_the_plan_has_a_name_of_its_own_and_every_family_its_baseli
 
 def test_the_frontier_is_what_nothing_beats():
     points = [(1.0, 5.0), (2.0, 5.0), (2.0, 7.0), (3.0, 6.0), (4.0, 8.0), (4.0, 9.0), (4.0, 9.0)]
-    assert study_report.frontier(points) == [True, False, True, False, False, True, True]
-    assert study_report.frontier([(1.0, 1.0)]) == [True]
+    assert summary.frontier(points) == [True, False, True, False, False, True, True]
+    assert summary.frontier([(1.0, 1.0)]) == [True]
 
 
 SCENES = 16
@@ -381,8 +382,8 @@ def made_up(changed: dict[str, tuple[str, float]]) -> dict:
                 if (arm, scene, noise) in seen:
                     continue
                 seen.add((arm, scene, noise))
-                row: study.Row = {m.key: m.summary == "share" or scene / SCENES for m in study_report.COMPARED}
-                row |= {m.key: 0.5 for m in study_report.PAIRED} | {"scene": scene, "noise": noise, "arm": arm.name}
+                row: study.Row = {m.key: m.summary == "share" or scene / SCENES for m in summary.COMPARED}
+                row |= {m.key: 0.5 for m in summary.PAIRED} | {"scene": scene, "noise": noise, "arm": arm.name}
                 row["heading_error"] = None if scene % 4 == 0 else float(scene)
                 if arm.estimate:
                     row["colour_error"] = 1.0 if arm.estimate < 9 else scene / SCENES
@@ -393,7 +394,7 @@ def made_up(changed: dict[str, tuple[str, float]]) -> dict:
     heading = {"command": "python -m tools.study.run", "scenes": SCENES, "noises": 2, "plan": asdict(plan)}
     heading |= {"weights": "abc", "cores": 2, "versions": dict.fromkeys(("minisvd", "torch", "python"), "1")}
     heading |= {"guidance": OWN, "noise_aug": 0.02, "timing_rounds": 1}
-    return heading | {"arms": study_report.summarise(entries, rows)}
+    return heading | {"arms": summary.summarise(entries, rows)}
 
 
 CHANGED = {"True": ("overlap_last", -0.1), "True c=10 mean guidance 1 3": ("subject_consistency", -0.05),
@@ -413,7 +414,7 @@ def test_the_report_calls_different_what_is_and_nothing_else(found, tmp_path):
     headline = entries["headline", "True"]
     assert headline["measures"]["heading_error"]["n"] == 12
     assert headline["differences"]["overlap_last"]["mean"] == pytest.approx(-0.1 * 1.0775)
-    assert headline["differences"]["overlap_last"]["comparisons"] == 4 * len(study_report.COMPARED)
+    assert headline["differences"]["overlap_last"]["comparisons"] == 4 * len(summary.COMPARED)
 
     study_report.write_markdown(found, tmp_path)
     text = (tmp_path / "study.md").read_text()

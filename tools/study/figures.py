@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tools.output import as_image, atomic, plotting, save_png
 from tools.study import report
-from tools.study.report import DECIDED, MEASURES, QUALITIES, Entry, Study
+from tools.study.report import DECIDED
+from tools.study.summary import MEASURES, QUALITIES, Entry, Study, by_family, by_work, uncut
 from tools.tiny import scenes
 
 KINDS = {  # of a shortcut: colour (Okabe and Ito's) and marker
@@ -24,7 +25,7 @@ FRAMES = {"panels-paper": "study-panels.png", "estimates": "study-estimates.png"
 
 
 def plots(study: Study, out: Path) -> None:
-    families = report.by_family(study)
+    families = by_family(study)
     if "frontier" in families:
         frontier_plot(families["frontier"], out / "study.png")
     if "estimates" in families:
@@ -55,7 +56,7 @@ def frontier_plot(entries: list[Entry], path: Path) -> None:
             draw_quality(axis, entries, quality, cost)
         line[0].set_ylabel(f"by {words}, over that of vcut=False", fontsize=10)
     plots.legend(handles=legend(), loc="outside lower center", ncols=6, frameon=False)
-    rows = [f"{n:2}  {short(entry)}" for n, entry in enumerate(report.by_work(entries), 1)]
+    rows = [f"{n:2}  {short(entry)}" for n, entry in enumerate(by_work(entries), 1)]
     key.text(0, 0.98, "\n".join(rows), va="top", fontsize=9.5, linespacing=1.45)
     save(figure, path)
 
@@ -64,8 +65,8 @@ def draw_quality(axis: Any, entries: list[Entry], key: str, cost: str) -> None:
     measure, paired = MEASURES[key], key == "paired_psnr"
     scale = 100 if measure.unit == "%" else 1
     best = []
-    for n, entry in enumerate(report.by_work(entries), 1):
-        if paired and report.uncut(entry):
+    for n, entry in enumerate(by_work(entries), 1):
+        if paired and uncut(entry):
             continue
         zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
         found = entry["measures"][key] if paired else entry["differences"].get(key) or zero

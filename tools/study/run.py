@@ -48,7 +48,7 @@ from minisvd.sampler import Denoise, euler_steps, guided_denoiser, initial_laten
 from tools.measure import metrics
 from tools.measure.embedding_similarity import split
 from tools.output import atomic, plotting, write_json
-from tools.study import figures
+from tools.study import figures, summary
 from tools.study import report as study_report
 from tools.study.arms import BASELINE, FAMILIES, RELEASED, Arm, Family, Plan
 from tools.study.deepcache import DeepCache
@@ -273,7 +273,7 @@ def measure(walks: Walks, arm: Arm, advance: Callable[[], object]) -> Iterator[R
             motion = metrics.dynamics(frames)
             row |= {f"{name}_consistency": value for name, value in asdict(alike).items()}
             row |= {"smoothness": metrics.smoothness(frames), "motion": motion.pixels, "moving": motion.moving}
-        yield {key: row.get(key) for key in ("scene", "noise", *study_report.KEYS)}
+        yield {key: row.get(key) for key in ("scene", "noise", *summary.KEYS)}
         advance()
 
 
@@ -421,7 +421,7 @@ def timings(bench: Bench, work: Path, arms: list[Arm], rounds: int) -> dict[str,
 
 def entries(
     bench: Bench, families: dict[str, Family], rows: list[Row], seconds: dict[str, list[float]]
-) -> list[study_report.Entry]:
+) -> list[summary.Entry]:
     """Every arm of every family, with its cost, for study.json."""
     released, found = bench.macs(RELEASED), []
     whole = statistics.median(seconds[RELEASED.name]) if RELEASED.name in seconds else None
@@ -436,7 +436,7 @@ def entries(
                 "relative_seconds": median / whole if median and whole else None,
                 "sigma": None if arm.estimate is None else arm.sigmas(bench.plan.steps)[arm.estimate - 1].item(),
             })  # fmt: skip
-    return study_report.summarise(found, rows)
+    return summary.summarise(found, rows)
 
 
 @torch.inference_mode()
@@ -555,7 +555,7 @@ def main() -> None:
         "sigmas": BASELINE.sigmas(bench.plan.steps).tolist(),
         "arms": entries(bench, families, rows, seconds),
     }
-    write_json(args.out / "study.json", study_report.rounded(study))
+    write_json(args.out / "study.json", summary.rounded(study))
     figures.plots(study, args.out)
     pictures(bench, families, args.scenes, args.out)
     study_report.write_markdown(study, args.out)
