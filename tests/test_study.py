@@ -61,7 +61,7 @@ CLIP = ClipConfig(
 def model(tmp_path_factory) -> Path:
     """A random model that makes eight frames of 64x64; no blend or bias is 0."""
     torch.manual_seed(0)
-    parts = SpatioTemporalUNet(UNET), AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=(32, 32, 32)))
+    parts = SpatioTemporalUNet(UNET), AutoencoderKLTemporalDecoder(VAEConfig(block_out_channels=(32,) * 4))
     for module in parts:
         for parameter in module.parameters():
             if parameter.ndim == 1:
@@ -301,20 +301,20 @@ def test_the_work_of_an_arm_is_that_of_its_calls(bench):
 
 def test_a_lost_file_is_made_again_and_no_other(bench, tmp_path):
     """To the byte. Two noises are two files; what is measured of a video alone is in that of the first noise only."""
-    arms = [BASELINE, RELEASED, Arm(True, 3)]
+    arms, first_scene = [BASELINE, RELEASED, Arm(True, 3)], Unit(0, 0, 1)
 
     def run(unit: Unit) -> None:
         study.run_unit(bench, tmp_path, arms, unit, lambda: None)
 
-    run(UNIT)
-    kept, lost = (UNIT.file(tmp_path, arm) for arm in (BASELINE, arms[2]))
+    run(first_scene)
+    kept, lost = (first_scene.file(tmp_path, arm) for arm in (BASELINE, arms[2]))
     first, written = lost.read_text(), kept.stat().st_mtime_ns
     lost.unlink()
-    run(UNIT)
+    run(first_scene)
     assert lost.read_text() == first
     assert kept.stat().st_mtime_ns == written
 
-    rows = {arm.name: json.loads(UNIT.file(tmp_path, arm).read_text()) for arm in arms}
+    rows = {arm.name: json.loads(first_scene.file(tmp_path, arm).read_text()) for arm in arms}
     uncut, released, cut = (rows[arm.name][0] for arm in arms)
     assert uncut["paired_psnr"] == study.EQUAL_PSNR
     assert uncut["latent_difference"] == 0
@@ -496,13 +496,13 @@ def test_the_plots_and_the_frames_are_pictures(found, tmp_path):
 def test_one_command_makes_all_of_it_and_goes_on_after_a_loss(model, tmp_path, monkeypatch, capsys):
     """Two scenes in two steps: study, text and pictures. After a loss, only that is done; study.json is the same."""
     few = ["--model", str(model), "--scenes", "2", "--noises", "1", "--few", "8", "--steps", "2", "--processes", "1"]
-    few += ["--families", "headline", "estimates", "panels-paper", "--subject", "pixels", "--timing-rounds", "1"]
+    few += ["--families", "headline", "estimates", "--subject", "pixels", "--timing-rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["run", *few, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
     study.main()
     assert re.search(r"study: about \d+ minutes", capsys.readouterr().out)
     first = json.loads((tmp_path / "out/study.json").read_text())
-    assert {entry["family"] for entry in first["arms"]} == {"headline", "estimates", "panels-paper"}
-    for name in ("study.md", "study-decided.png", "study-estimates.png", "study-panels.png"):
+    assert {entry["family"] for entry in first["arms"]} == {"headline", "estimates"}
+    for name in ("study.md", "study-decided.png", "study-estimates.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     lost = next((tmp_path / "work").rglob("True_c=*.json"))
     lost.unlink()
@@ -555,11 +555,21 @@ def test_the_arms_are_timed_in_turn(bench):
     assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
-def test_the_expected_time_grows_with_what_is_to_be_done(bench, plan):
-    """Twice the units, twice the time, within a factor for the clock's noise; nothing to do takes none."""
-    families = plan.families(16, 1)
-    every = study.units(16, 1)
-    todo = {unit: unit.arms({"headline": families["headline"]}) for unit in every}
-    one, two = (study.expected_minutes(bench, each, 1) for each in ({every[0]: todo[every[0]]}, todo))
-    assert 0 < one < two
-    assert study.expected_minutes(bench, {}, 1) == 0
+def test_the_expected_time_counts_the_calls_that_are_made(bench):
+    """As a hook on the networks counts clips: of arms that share steps, each step once. Nothing to do is no call."""
+    arms = [Arm(True, 3, "cond"), BASELINE, Arm(cut_step=3), Arm(estimate=3), Arm(steps=2), RELEASED]
+    seen, unit = [], Unit(0, 0, 1)
+    hooks = [
+        unet.register_forward_hook(lambda _module, given, _out: seen.append(len(given[0])))
+        for unet in bench.unets.values()
+    ]
+    walks = Walks(bench, study.draw(bench, unit))
+    for arm in arms:
+        walks.end(arm)
+    for hook in hooks:
+        hook.remove()
+    calls, videos = study.amount(bench, {unit: arms})
+    print(f"{calls} calls, {videos} videos")
+    assert calls == sum(seen) == (8 + 2) + 8 + 2 + 4 + 8
+    assert videos == len(arms)
+    assert study.amount(bench, {}) == (0, 0)

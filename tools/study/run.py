@@ -302,10 +302,27 @@ def missing(work: Path, families: dict[str, Family], every: list[Unit]) -> dict[
     return {unit: arms for unit, arms in found.items() if arms}
 
 
+def amount(bench: Bench, todo: dict[Unit, list[Arm]]) -> tuple[int, int]:
+    """Calls of the network on one clip that `todo` takes, a guided step being two, and videos to decode and measure."""
+    calls = videos = 0
+    for unit, arms in todo.items():
+        walked: set[Arm] = set()
+        for arm in arms:
+            way = replace(arm, estimate=None)
+            while way not in walked:
+                walked.add(way)
+                trunk, first = way.origin()
+                own = way.calls(bench.plan.steps, bench.guidance)[first - 1 :]
+                calls += len(unit.numbers) * sum(branches for _, branches, _ in own)
+                way = trunk
+        videos += len(unit.numbers) * len(arms)
+    return calls, videos
+
+
 @torch.inference_mode()
 def expected_minutes(bench: Bench, todo: dict[Unit, list[Arm]], processes: int) -> float:
-    """Minutes that `todo` takes here at most, by the time of one guided step and of one video's decoding and measures:
-    a step that reuses deep features counts as a whole one."""
+    """Minutes that `todo` takes here, by the time of one guided step and of one video's decoding and measures. A call
+    that reuses deep features counts as a whole one."""
     steps, levels = bench.plan.steps, BASELINE.sigmas(bench.plan.steps)
     batch = draw(bench, Unit(0, 0, BATCH))
     denoise, x = denoiser(bench, batch, BASELINE), initial_latents(batch.noise, levels)
@@ -322,19 +339,9 @@ def expected_minutes(bench: Bench, todo: dict[Unit, list[Arm]], processes: int) 
         alone.references.clear()
         next(measure(alone, BASELINE, lambda: None))
 
-    branch, video, total = seconds(lambda: denoise(x, levels[0], 1)) / BATCH / 2, seconds(one_video), 0.0
-    for unit, arms in todo.items():
-        walked: set[Arm] = set()
-        for arm in arms:
-            total += len(unit.numbers) * video
-            way = replace(arm, estimate=None)
-            while way not in walked:
-                walked.add(way)
-                trunk, first = way.origin()
-                own = way.calls(steps, bench.guidance)[first - 1 :]
-                total += len(unit.numbers) * branch * sum(branches for _, branches, _ in own)
-                way = trunk
-    return total / 60 / processes
+    calls, videos = amount(bench, todo)
+    a_call, a_video = seconds(lambda: denoise(x, levels[0], 1)) / BATCH / 2, seconds(one_video)
+    return (calls * a_call + videos * a_video) / 60 / processes
 
 
 def run_all(bench: Bench, work: Path, todo: dict[Unit, list[Arm]], processes: int) -> None:
