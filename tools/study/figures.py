@@ -48,7 +48,7 @@ def frontier_plot(entries: list[Entry], path: Path) -> None:
     """
     costs = {"relative_macs": "work of the UNet", "relative_seconds": "measured time"}
     costs = {cost: words for cost, words in costs.items() if all(entry[cost] is not None for entry in entries)}
-    figure = plotting()(figsize=(17, 4 * len(costs) + 1), layout="constrained")
+    figure = plotting()(figsize=(17, 9), layout="constrained")
     plots, key = figure.subfigures(1, 2, width_ratios=(3.6, 1))
     grid = plots.subplots(len(costs), len(QUALITIES), squeeze=False)
     for line, (cost, words) in zip(grid, costs.items(), strict=True):
@@ -142,7 +142,7 @@ SHOWN = (0, 2, 4, 7)  # frames
 def row_title(arm: dict[str, Any], sigmas: list[float]) -> str:
     """What stands before an arm's row of frames."""
     if arm["estimate"] is not None:
-        return f"D, sigma {sigmas[arm['estimate'] - 1]:.2g}"
+        return f"D, sigma {sigmas[arm['estimate'] - 1]:.3g}"
     return report.panel_title(arm["embedding"], arm["switch"])
 
 

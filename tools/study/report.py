@@ -126,8 +126,11 @@ ESTIMATES = """
 
 
 def run_words(entries: list[Entry]) -> str:
-    scenes, noises = entries[0]["scenes"], entries[0]["noises"]
-    return f"{scenes} scenes, {noises} noise{'s' if noises > 1 else ''} each. Differences are from the first row."
+    return f"{entries[0]['scenes']} scenes, {noises(entries[0])} each. Differences are from the first row."
+
+
+def noises(entry: Entry) -> str:
+    return "one noise" if entry["noises"] == 1 else f"{entry['noises']} noises"
 
 
 def measures_table(entries: list[Entry], measures: tuple[Measure, ...]) -> str:
@@ -462,11 +465,10 @@ def fragment(study: Study) -> str:
         rows.append([entry_title(e) + mark, *costs, *(cell(e, m, uncut(e)).split("<br>")[0] for m in shown)])
     first, c = headline[0], others[0]
     words = (
-        f"{first['scenes']} unseen scenes, {first['noises']} noises each, the same in every row (\\*: {c['scenes']}, "
-        f"one noise), and 95 % intervals by scene. A video is *right* if in every frame the form is the true one and "
-        f"overlaps it by 0.7, its heading is within 30 degrees and its colour within 0.1 (RGB). Work and time are over "
-        f"those of `vcut=False`; the uncut run is the first row's. All of it, by `{study['command']}`: "
-        f"[study.md](tools/results/study.md)."
+        f"{first['scenes']} unseen scenes, {noises(first)} each, the same in every row (\\*: {c['scenes']}, "
+        f"{noises(c)}); 95 % intervals by scene. *Right*: in every frame the form is the true one and overlaps it "
+        f"by 0.7; heading within 30 degrees, colour within 0.1 (RGB). Work and time are over those of "
+        f"`vcut=False`. All of it, by `{study['command']}`: [study.md](tools/results/study.md)."
     )
     psnr = MEASURES["psnr"]
     found = [e for e in headline[1:] if e["differences"]["psnr"]["beyond"]]
