@@ -35,7 +35,7 @@ from .vae import AutoencoderKLTemporalDecoder
 MODULES = {"unet": SpatioTemporalUNet, "vae": AutoencoderKLTemporalDecoder, "clip": ImageEncoder}
 RELEASED = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": ClipConfig()}
 BROKEN = "has values that are infinite or not numbers: get or train it again"
-TIMEOUT = 10  # seconds for the hub's first answer
+TIMEOUT = 10  # seconds for each answer of the hub
 FOLDS = ((False, "lossless"), (False, True), ("lossless", True))  # builds, from a file's to a UNet's
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -248,6 +248,9 @@ def resolve(
 
     Raises FileNotFoundError for what is not there and ValueError for what cannot be used, each with the remedy.
     """
+    for name, value in (("variant", variant), ("revision", revision)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} is {shown(value)}; need a name, or None")
     configs, released, path = dict(configs or {}), None, locate(source)
     if path is None:
         hub_id = PRESETS[str(source)].source if str(source) in PRESETS else str(source)
@@ -302,17 +305,18 @@ def locate(source: str | Path) -> Path | None:
 
 def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: str | None, offline: bool) -> Path:
     """The local snapshot of a hub repository: its configs and, of `parts`, one variant of the weights."""
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download  # slow to import
+    import huggingface_hub as hub  # slow to import
+    from huggingface_hub import constants, errors
 
-    page, names, said = f"{constants.ENDPOINT}/{hub_id}", [], ""
+    page, names, commit, said = f"{constants.ENDPOINT}/{hub_id}", [], "", ""
     preset = any(hub_id == preset.source for preset in PRESETS.values())
     or_path = "" if preset else f"; if {hub_id} is a path, there is nothing there"
     patterns = [*folder.CONFIG_FILES.values(), folder.PREPROCESSOR_FILE, folder.GENERATION_FILE]
     try:
         try:
             if not offline:
-                found = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT)
-                names = [file.rfilename for file in found.siblings or []]
+                found = hub.HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT)
+                names, commit = [file.rfilename for file in found.siblings or []], found.sha or "unknown"
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
         except Exception as error:  # no connection, in the words of whichever HTTP library the hub's client uses
@@ -320,8 +324,11 @@ def download(hub_id: str, parts: Sequence[str], variant: str | None, revision: s
         if names:
             patterns += folder.choose(names, parts, variant, hub_id).values()
         for name in [name for name in names if name in patterns] or names[:1]:  # one by one, each with a time limit
-            hf_hub_download(hub_id, name, revision=revision)
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
+            if commit not in str(hub.try_to_load_from_cache(hub_id, name, revision=revision)):
+                # Asked here first, because the download would repeat its first question for six minutes
+                hub.get_hf_file_metadata(hub.hf_hub_url(hub_id, name, revision=revision), timeout=TIMEOUT)
+                hub.hf_hub_download(hub_id, name, revision=revision, etag_timeout=TIMEOUT)
+        return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
     except errors.GatedRepoError as error:
         raise ValueError(f"{hub_id} is gated: accept its licence at {page} and run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:

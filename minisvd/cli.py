@@ -143,9 +143,7 @@ def verify(args: argparse.Namespace) -> int:
     keys = keys if args.keys is None else args.keys
     found = check_model(unet, keys=keys, progress=not args.json) if vcut is False else None
     if args.json:
-        sites = [
-            asdict(site) | {"finding": site.finding, "holds": site.holds} for site in (found and found.sites) or ()
-        ]
+        sites = [asdict(s) | {"finding": s.finding, "holds": s.holds} for s in (found.sites if found else ())]
         totals = {"hold": sum(site["holds"] for site in sites), "parameters": sum(p.numel() for p in unet.parameters())}
         totals["dead_parameters"] = sum(sum(site["dead"].values()) for site in sites)
         print(json.dumps({"model": args.model, "vcut": vcut, "sites": sites, **totals, "versions": versions()}))
@@ -187,9 +185,8 @@ def account(args: argparse.Namespace) -> None:
         from .memory import ECONOMIES, peaks
 
         chosen, bytes_each = replace(generation, num_frames=frames, size=(width, height)), DTYPES[args.memory]
-        needs = {
-            of.name: need for of, need in zip(ECONOMIES, peaks(configs, chosen, bytes_each, branches), strict=True)
-        }
+        counted = peaks(configs, chosen, bytes_each, branches)
+        needs = {economy.name: need for economy, need in zip(ECONOMIES, counted, strict=True)}
     if args.json:
         asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
         asked |= {"cut_step": args.cut_step, "branches": branches, "memory": needs}
@@ -229,9 +226,8 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     from .pipeline import load
 
     device, dtype = place(args)
-    chosen: dict[str, Any] = {
-        name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")
-    }
+    names = ("variant", "revision", "offline", "low_memory")
+    chosen: dict[str, Any] = {name: getattr(args, name, False) for name in names}
     svd = load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
     return svd.compile() if getattr(args, "compile", False) else svd
 

@@ -92,10 +92,11 @@ def as_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]:
     """The folder that the videos go to, and the template of their names in it: `template`, or if it is None `default`,
-    in the folder `output`; or `output` itself, if it is none. Raises ValueError for others."""
-    if template is not None and not (output.is_dir() and template and Path(template).name == template):
+    in the folder `output`; or `output` itself, if it is none, or frames of ours. Raises ValueError for others."""
+    inside = output.is_dir() and not is_ours(output)
+    if template is not None and not (inside and template and Path(template).name == template):
         raise ValueError(f"videos cannot be named {template!r} in {output}: need a file's name, and a folder there")
-    folder, template = (output, template or default) if output.is_dir() else (Path(), str(output))
+    folder, template = (output, template or default) if inside else (Path(), str(output))
     for placeholder in re.findall(r"\{[^{}]*\}", Path(template).name):
         if placeholder not in PLACEHOLDERS:
             raise ValueError(f"{placeholder} in {template} means nothing: use {', '.join(PLACEHOLDERS)}")
@@ -105,17 +106,17 @@ def naming(output: Path, template: str | None, default: str) -> tuple[Path, str]
 def plan(rows: list[Row], seeds: list[int], folder: Path, template: str, skip_existing: bool = False) -> list[Job]:
     """What is asked for, row by row and seed by seed. A row's own name is the template of its videos in the folder.
     Raises what `check_output` raises, and ValueError where one would replace another or an image, or lie outside."""
-    jobs, taken, sources = [], set(), {image.resolve() for image, _, _ in rows}
+    jobs, taken, sources = [], set(), {os.path.realpath(image) for image, _, _ in rows}
     for image, name, own in rows:
         for index, seed in enumerate([own["seed"]] if "seed" in own else seeds):
             path = folder / fill(name or template, stem=image.stem, seed=seed, index=index)
-            if name and path.resolve().parent != folder.resolve():
+            if name and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
                 raise ValueError(f"{path} does not lie in {folder}: give the name of a file alone")
             if not (is_written(path) and (skip_existing or read_record(path))):  # else it may be left alone
-                check_output(path)
+                check_output(path, is_ours(path))
             if path in taken:
                 raise ValueError(f"two videos would be written to {path}: give a folder, or add {{stem}} and {{seed}}")
-            if path.resolve() in sources:
+            if os.path.realpath(path) in sources:
                 raise ValueError(f"{path} is one of the images: choose another output")
             taken.add(path)
             jobs.append({"image": str(image), "seed": seed, "path": str(path), "settings": own | {"seed": seed}})
@@ -164,9 +165,9 @@ def gather(args: Namespace, dtype: str) -> tuple[list[list[Job]], dict[str, Any]
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of those of the files in a folder, one after another."""
+    """SHA-256 of a file's bytes, or of those of the frames in a folder, one after another."""
     sha = hashlib.sha256()
-    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for part in sorted(path.glob("frame_*.png")) if path.is_dir() else [path]:
         with open(part, "rb") as file:
             for block in iter(partial(file.read, 1 << 20), b""):
                 sha.update(block)
@@ -181,11 +182,20 @@ def read_record(path: Path) -> dict[str, Any]:
     return {}
 
 
+def is_ours(path: Path) -> bool:
+    """A folder of PNGs that may be replaced: its record is beside it, and in it nothing but frames that this counts."""
+    with suppress(KeyError, TypeError, ValueError):
+        count = check("num_frames", read_record(path)["made"]["num_frames"])
+        names = {".DS_Store", *(f"frame_{i:04d}.png" for i in range(count))}
+        return path.is_dir() and not path.is_symlink() and all(p.is_file() and p.name in names for p in path.iterdir())
+    return False
+
+
 def state(path: Path, made: dict[str, Any]) -> str:
     """What becomes of a job whose place is `path`, in the words of the summary: a video there is left alone if its
     record says `made`, which decides its frames, and has its hash."""
     record = read_record(path)
     same = record.get("made") == made
     if not is_written(path) or (same and record["video_sha256"] != digest(path)):
-        return "made again, which were broken" if path.is_file() else "made"
+        return "made again, which were broken" if path.is_file() or is_ours(path) else "made"
     return "skipped, finished with the same settings" if same else "made again with other settings"

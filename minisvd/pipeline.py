@@ -106,14 +106,9 @@ class StableVideoDiffusion:
     economy, works_on, doing = ECONOMIES[0], None, "denoising"  # changed by `economise` and `compile`
 
     def __init__(
-        self,
-        unet: SpatioTemporalUNet,
-        vae: AutoencoderKLTemporalDecoder,
-        clip: ImageEncoder,
-        generation: GenerationConfig,
-        source: str = "",
-        layout: str = "",
-    ) -> None:
+        self, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder,
+        generation: GenerationConfig, source: str = "", layout: str = "",
+    ) -> None:  # fmt: skip
         self.unet, self.vae, self.clip = unet, vae, clip
         self.generation, self.source, self.layout = generation, source, layout
 
@@ -398,17 +393,10 @@ def checked_sigmas(_name: str, sigmas: Any) -> Tensor:
 
 
 def load(
-    source: str | Path = "tiny",
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | str = torch.float32,
-    vcut: Vcut | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-    copy: bool = False,
-    low_memory: bool = False,
-) -> StableVideoDiffusion:
+    source: str | Path = "tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32,
+    vcut: Vcut | None = None, variant: str | None = None, revision: str | None = None,
+    offline: bool = False, copy: bool = False, low_memory: bool = False,
+) -> StableVideoDiffusion:  # fmt: skip
     """Load a whole model: `tiny`, `svd`, `svd-xt`, `svd-xt-1-1`, a folder, a `.safetensors` file or a hub id.
 
     `dtype` "auto" is the fast half precision of the device, if it has one (`checkpoint.checked_dtype`).

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .cli import sentence, tell
 from .images import load_image, open_image
-from .jobs import Job, digest, state
+from .jobs import Job, digest, is_ours, state
 from .memory import settle
 from .pipeline import FAMILIAR, PER_IMAGE, StableVideoDiffusion
 from .video import check_output, is_written, replacing
@@ -91,7 +91,7 @@ def make(jobs: list[Job], args: Namespace, store: Store, model: Model, about: di
             del used["decode_chunk"]  # which decides nothing
             job["state"] = "made" if args.no_sidecar else state(path, used)
             if not job["state"].startswith("skipped"):
-                check_output(path)
+                check_output(path, is_ours(path))
                 ready.append((job, used, load_image(picture, settings["size"], settings["fit"])))
     if not ready:
         return
@@ -108,11 +108,15 @@ def make(jobs: list[Job], args: Namespace, store: Store, model: Model, about: di
     compute = (time.perf_counter() - began) / len(ready)
     for (job, used, _), video in zip(ready, videos, strict=True):
         path, began = Path(job["path"]), time.perf_counter()
-        video.enlarged(zoom).save(path)
-        seconds = {"compute": compute, "write": time.perf_counter() - began}
+        with replacing(path) as whole:  # once there is its record, which no folder of ours ever lacks
+            video.enlarged(zoom).save(whole)
+            seconds, ours = {"compute": compute, "write": time.perf_counter() - began}, is_ours(path)
+            if not args.no_sidecar:
+                record = about | {"image": job["image"], "made": used, "video_sha256": digest(whole)}
+                with replacing(Path(f"{path}.json")) as part:
+                    record |= {"batch": len(ready), "seconds": seconds}
+                    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if ours:
+                path.rename(whole.with_name(f"old-{whole.name}"))
         job["memory"] = svd.economy.name
-        if not args.no_sidecar:
-            record = about | {"image": job["image"], "made": used, "video_sha256": digest(path), "batch": len(ready)}
-            with replacing(Path(f"{path}.json")) as part:
-                part.write_text(json.dumps(record | {"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
         job["seconds"] = round(sum(seconds.values()), 3)

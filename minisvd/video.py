@@ -22,7 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from .config import Setting, check
+from .config import Setting, check, shown
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `check_output` is to answer at once
     from torch import Tensor
@@ -119,13 +119,15 @@ def check_zoom(zoom: int, size: Sequence[int]) -> None:
         raise ValueError(f"zoom is {zoom}, for a side of {max(size) * zoom} pixels; need at most {most}")
 
 
-def check_output(path: str | Path) -> Path:
+def check_output(path: str | Path, ours: bool = False) -> Path:
     """`path` as a Path, if a video can be written there: to be asked before the long work that makes one.
 
     ValueError: an extension that is not .mp4, .gif, .webp or none. FileNotFoundError: the folder it would lie in does
-    not exist. FileExistsError: the target is a folder that holds something, or is not of the kind that the name says.
+    not exist. FileExistsError: the target is a folder with something in it, not `ours`, or not of the name's kind.
     PermissionError: the folder cannot be written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"cannot write {shown(path)}: give a path")
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"cannot write {path}: use .mp4, .gif or .webp, or no extension for a folder of PNGs")
@@ -141,9 +143,9 @@ def check_output(path: str | Path) -> Path:
         raise FileExistsError(f"cannot write {path}: it is a folder, choose another name")
     if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
         raise FileExistsError(f"cannot write {path}: it is a pipe, a device or a link to nothing, choose another name")
-    if path.is_file() and not os.access(path, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"cannot write {path}: it is there and may not be changed, choose another name")
-    if not path.suffix and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not (path.suffix or ours) and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"cannot write PNGs to {path}: it exists and is not an empty folder, choose another name")
     return path
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from minisvd.accounting import unet_cost
-from tools.cost.benchmark import CONFIGS, PARTS, main, matmul_rate, measured_peak, ratio, rounds
+from tools.cost import benchmark
+from tools.cost.benchmark import CONFIGS, PARTS, beside_the_first, main, matmul_rate, measured_peak, ratio, rounds
 
-SMALL = {"config": "small", "size": "128x128", "frames": 2, "repeats": 1}
-QUICK = SMALL | {"video-repeats": 1, "steps": 2, "cut-step": 2}
+TINY = {"config": "tiny", "size": "64x64", "frames": 2, "repeats": 1}
+QUICK = TINY | {"video-repeats": 1, "steps": 2, "cut-step": 2}
 
 
 @pytest.mark.slow
@@ -33,12 +34,45 @@ def test_a_quick_run_has_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         if row["part"] in ("guided", "single", "encode", "decode"):
             assert row["counted"] > 0
     guided, single = (next(row for row in rows if row["part"] == part) for part in ("guided", "single"))
-    macs = unet_cost(CONFIGS["small"], 2, (16, 16), 2).macs
+    macs = unet_cost(CONFIGS["tiny"], 2, (8, 8), 2).macs
     assert guided["flops"] == pytest.approx(2 * macs / guided["seconds"])
     assert guided["share"] == pytest.approx(guided["flops"] / report["matmul"]["float32"])
     assert guided["counted"] > 1.5 * single["counted"]
     decoding = {row["name"]: row["counted"] for row in rows if row["part"] == "decode"}
     assert decoding["minisvd, chunk 1, hold host"] < decoding["minisvd, chunk 2, hold one"] < decoding["diffusers"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_with_the_same_settings_alone(tmp_path, monkeypatch, capsys):
+    """What is in the file is not measured again; another part is, and another setting is refused with its name."""
+    command = [f"--{name}={value}" for name, value in TINY.items()] + [f"--save={tmp_path / 'runs/found.json'}"]
+    main([*command, "--part", "encode", "--dtype", "float32", "bfloat16"])
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["dtype"], row["to_first"] is None) for row in first] == [("float32", True)] * 2 + [
+        ("bfloat16", False)
+    ] * 2
+    measured = []
+    monkeypatch.setattr(benchmark, "compare", lambda part, *_: measured.append(part) or [])
+    main([*command, "--part", "encode", "decode"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == first[:2]
+    assert measured == ["decode"]  # control
+    with pytest.raises(SystemExit, match=r"found.json is of a run with repeats 1, not 2: name another"):
+        main([*command, "--part", "encode", "--repeats", "2"])
+
+
+def test_the_second_ratio_is_to_diffusers_in_the_first_dtype():
+    about = {"part": "guided", "frames": 8}
+    rows = [
+        about | {"dtype": dtype, "name": name, "times": times}
+        for dtype, name, times in (
+            ("float32", "diffusers", [4.0, 4.0]),
+            ("float32", "minisvd", [3.0, 3.0]),
+            ("bfloat16", "diffusers", [2.0, 2.0]),
+            ("bfloat16", "minisvd", [1.0, 1.0]),
+        )
+    ]
+    beside_the_first(rows, "float32")
+    assert [row["to_first"] for row in rows] == [None, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)]
 
 
 def test_rounds_alternate_and_the_ratio_is_of_medians() -> None:

@@ -403,6 +403,7 @@ def test_what_is_no_model_is_a_sentence(source: Any, tmp_path: Path, monkeypatch
     with pytest.raises((ValueError, FileNotFoundError), match=r"model|there is no file|neither a file"):
         load(source)
     wrongs: list[dict[str, Any]] = [{"dtype": "int8"}, {"dtype": 5}, {"device": "cuda:99"}, {"device": [1]}]
+    wrongs += [{"variant": 3}, {"revision": b"main"}]
     for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             load("tiny", **wrong)

@@ -41,7 +41,7 @@ def run(tiny_folder: Path, *argv: str) -> int:
 
 
 def contents(folder: str) -> dict[str, bytes]:
-    files = [path for path in Path(folder).rglob("*.*") if path.suffix != ".json"]
+    files = [path for path in Path(folder).rglob("*.*") if path.suffix != ".json" and path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

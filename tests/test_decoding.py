@@ -18,34 +18,34 @@ from minisvd.vae import Hold
 SMALL = VAEConfig(block_out_channels=(32, 32, 64, 64))
 
 
-@pytest.fixture(scope="module", params=[SMALL, VAEConfig()], ids=["small", "full"])
-def vae(request) -> AutoencoderKLTemporalDecoder:
-    torch.manual_seed(0)
-    return randomised(AutoencoderKLTemporalDecoder(request.param))
+SHAPES = [(1, 5, 4, 3, 2), (2, 2, 4, 7, 1), (1, 1, 4, 1, 3)]
 
 
 def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
-def plain(vae: AutoencoderKLTemporalDecoder, latents: Tensor) -> Tensor:
-    return vae.decoder(latents / vae.config.scaling_factor)
+@pytest.fixture(scope="module", params=[*((SMALL, shape) for shape in SHAPES), (VAEConfig(), SHAPES[0])])
+def plain(request) -> tuple[AutoencoderKLTemporalDecoder, Tensor, Tensor]:
+    """A small VAE or the released one, latents, and the plain forward's frames."""
+    config, shape = request.param
+    torch.manual_seed(0)
+    vae, latents = randomised(AutoencoderKLTemporalDecoder(config)), noise(*shape)
+    with torch.no_grad():
+        return vae, latents, vae.decoder(latents / vae.config.scaling_factor)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("hold", get_args(Hold))
 @pytest.mark.parametrize("chunk", [None, 1, 2])
-@pytest.mark.parametrize("shape", [(1, 5, 4, 3, 2), (2, 2, 4, 7, 1), (1, 1, 4, 1, 3)])
-def test_frames_equal_the_plain_forward(vae, hold, chunk, shape, monkeypatch):
+def test_frames_equal_the_plain_forward(plain, hold, chunk, monkeypatch):
     """To 1e-5, whether or not chunks divide the frames and strips the rows, for one video and for two."""
-    latents = noise(*shape)
-    expected = plain(vae, latents)
+    vae, latents, expected = plain
     error = relative_error(vae.decode(latents, chunk, hold), expected)
     print(f"relative error {error:.1e}")
     assert error <= 1e-5
-    assert torch.equal(latents, noise(*shape)), "decoding works in place, but on what is its own"
+    assert torch.equal(latents, noise(*latents.shape)), "decoding works in place, but on what is its own"
 
     whole = minisvd.vae.over_video
     monkeypatch.setattr(minisvd.vae, "over_video", lambda norm, parts: whole(norm, [next(iter(parts))]))

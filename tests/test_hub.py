@@ -38,7 +38,7 @@ class Hub(BaseHTTPRequestHandler):
     folder: Path
     asked: list[str]
     sent: list[str]
-    hang = threading.Event()
+    hang: threading.Event
 
     def do_HEAD(self) -> None:
         self.respond(body_wanted=False)
@@ -63,6 +63,9 @@ class Hub(BaseHTTPRequestHandler):
             return self.fail(404, "RevisionNotFound")
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         if api and verb == "tree":  # a question for which the client sets no time limit, so nobody may ask it
+            self.hang.wait(60)
+            return None
+        if "silent" in name and not api and (body_wanted or name == "silent"):
             self.hang.wait(60)
             return None
         if api:
@@ -100,11 +103,14 @@ class Hub(BaseHTTPRequestHandler):
 
 
 CLIENT = """
-import io, json, sys
+import io, json, sys, time
 from contextlib import redirect_stdout
+from minisvd import checkpoint
 from minisvd.checkpoint import load_unet, resolve
 from minisvd.cli import main
 
+checkpoint.TIMEOUT = 2
+time.sleep = lambda _seconds: None  # in which the hub's client would wait between its tries
 for line in sys.stdin:
     name, source, options = json.loads(line)
     try:
@@ -181,7 +187,8 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def clients(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Client]]:
     home = tmp_path_factory.mktemp("home")
-    both = [Client(home, HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HUB_OFFLINE=offline) for offline in "01"]
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    both = [Client(home, **hub, HF_HUB_OFFLINE=offline) for offline in "01"]
     yield both[0], both[1]
     for client in both:
         client.close()
@@ -202,13 +209,14 @@ def offline(clients: tuple[Client, Client]) -> Client:
 @contextmanager
 def serving(repositories: Path, port: int) -> Iterator[type[Hub]]:
     """The hub, while it can be reached."""
-    handler = type("ThisHub", (Hub,), {"folder": repositories, "asked": [], "sent": []})
+    handler = type("ThisHub", (Hub,), {"folder": repositories, "asked": [], "sent": [], "hang": threading.Event()})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
         yield handler
     finally:
+        handler.hang.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -289,7 +297,7 @@ def test_what_the_hub_refuses_is_one_sentence_that_says_what_to_do(
 
 def test_a_hub_in_trouble_is_one_sentence_with_its_own_reason(repositories: Path, port: int, online: Client) -> None:
     """It refuses, is asked too often, or is broken: its status is named. One that never answers is not waited for."""
-    with serving(repositories, port) as hub:
+    with serving(repositories, port):
         for status, reason in ((403, "Forbidden"), (429, "Too Many Requests"), (500, "Internal Server Error")):
             answer = online("resolve", f"status/{status}")
             assert answer.startswith(f"FileNotFoundError: status/{status} is not in the local cache: run once with"), (
@@ -302,7 +310,28 @@ def test_a_hub_in_trouble_is_one_sentence_with_its_own_reason(repositories: Path
         assert answer.startswith("FileNotFoundError: hangs/svd is not in the local cache")
         assert "imed out" in answer
         assert time.monotonic() - began < 40
-        hub.hang.set()
+
+
+@pytest.mark.parametrize("falls", ["silent", "silent-files"])
+def test_a_hub_that_falls_silent_is_not_waited_for(repositories: Path, port: int, online: Client, falls: str) -> None:
+    """After its list of files, or with the first file: one sentence. Control: the same files come from someone/svd, and
+    once they are here, the list alone is asked for.
+    """
+    if not (repositories / "someone" / falls).is_dir():
+        shutil.copytree(repositories / "someone/svd", repositories / "someone" / falls)
+    with serving(repositories, port) as hub:
+        began = time.monotonic()
+        answer = online("resolve", f"someone/{falls}")
+        seconds = time.monotonic() - began
+        print(answer, seconds)
+        assert answer.startswith(f"ConnectionError: someone/{falls} was not downloaded whole (ReadTimeout"), answer
+        assert answer.endswith("): run again, what came is kept")
+        assert "\n" not in answer
+        assert seconds < 30
+        assert online("resolve", "someone/svd") == [*PLAIN, 3]
+        asked = len(hub.asked)
+        assert online("resolve", "someone/svd") == [*PLAIN, 3]
+        assert len(hub.asked) == asked + 1
 
 
 def test_a_download_that_is_cut_is_one_sentence(repositories: Path, port: int, online: Client) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import logging
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def test_import_loads_nothing_heavy():
     """Bare import: not even torch. With every public name: torch, but none of the heavy libraries."""
     assert run("import minisvd, sys; print('torch' in sys.modules)") == "False"
     everything = "import minisvd, sys; [getattr(minisvd, name) for name in minisvd.HOME];"
-    assert run(f"{everything} print([m for m in {HEAVY} if m in sys.modules])") == "[]"
-    assert run(f"{everything} print('torch' in sys.modules)") == "True"  # control: the probe can see a module
+    probed = (*HEAVY, "torch")  # the last a control: the probe can see a module
+    assert run(f"{everything} print([m for m in {probed} if m in sys.modules])") == "['torch']"
 
 
 @pytest.mark.slow
@@ -35,9 +36,11 @@ def test_every_public_name_costs_under_half_a_second_beyond_torch():
         "import torch, time; start = time.process_time(); import minisvd;"
         "[getattr(minisvd, name) for name in minisvd.HOME]; print(time.process_time() - start)"
     )
-    seconds = min(float(run(code)) for _ in range(3))
-    print(f"{seconds:.2f} s of processor time")
-    assert seconds < 0.5
+    seconds = [float(run(code))]
+    while seconds[-1] >= 0.5 and len(seconds) < 3:  # the least of three, if the first is not enough
+        seconds.append(float(run(code)))
+    print(*(f"{each:.2f}" for each in seconds), "s of processor time")
+    assert seconds[-1] < 0.5
 
 
 def test_help_and_version_do_not_import_torch():
@@ -74,17 +77,23 @@ assert_type(unet(torch.zeros(1, 2, 8, 8, 8), torch.zeros(1), torch.zeros(1, 1, 1
 """
 
 
-def types_of(code: str, folder: Path) -> str:
-    (folder / "typed.py").write_text(code)
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--pythonversion", "3.11", "typed.py"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+def files_with_errors(folder: Path) -> set[str]:
+    """Among those of a folder, in one run of pyright, which reads torch once."""
+    names = sorted(path.name for path in folder.glob("*.py"))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--pythonversion", "3.11", *names]
+    done = subprocess.run([*command, "--outputjson"], cwd=folder, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert report["summary"]["filesAnalyzed"] == len(names)
+    return {Path(found["file"]).name for found in report["generalDiagnostics"] if found["severity"] == "error"}
 
 
 @pytest.mark.slow
 def test_an_editor_knows_what_a_call_returns(tmp_path: Path) -> None:
-    assert "0 errors" in types_of(TYPED, tmp_path)
-    for wrong in ("svd('a.png', steps='3')", "svd('a.png', stage2='half')", "svd('a.png')[0]"):  # controls
-        assert "0 errors" not in types_of(f"import minisvd\n\nsvd = minisvd.load('tiny')\n{wrong}\n", tmp_path)
+    (tmp_path / "typed.py").write_text(TYPED)
+    wrongs = "svd('a.png', steps='3')", "svd('a.png', stage2='half')", "svd('a.png')[0]"  # controls
+    for i, wrong in enumerate(wrongs):
+        (tmp_path / f"wrong{i}.py").write_text(f"import minisvd\n\nsvd = minisvd.load('tiny')\n{wrong}\n")
+    assert files_with_errors(tmp_path) == {f"wrong{i}.py" for i in range(len(wrongs))}
 
 
 def test_the_keywords_that_an_editor_knows_are_those_of_the_call() -> None:

@@ -92,6 +92,17 @@ def test_a_manifest_that_cannot_be_meant_is_refused_in_one_line(
     assert Path("elsewhere.mp4").read_bytes() == b"a video of someone's"
 
 
+@pytest.mark.posix
+def test_links_to_themselves_are_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor videos, on the command line and in a manifest: one line that names them. Controls: all the other tests."""
+    os.symlink("loop.png", "loop.png")
+    os.symlink("loop.mp4", "out/loop.mp4")
+    name = manifest({"image": "photos/a.png", "name": "loop.mp4"})
+    assert "no image at loop.png" in refusal(capsys, "generate", "loop.png", "-o", "again.mp4")
+    said = "cannot write out/loop.mp4: it is a pipe, a device or a link to nothing"
+    assert said in refusal(capsys, "generate", "--manifest", name, "-o", "out")
+
+
 def test_where_a_manifest_is_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
     name = manifest({"image": "photos/a.png", "name": "a.mp4"})
     for argv, says in (
@@ -186,6 +197,96 @@ def test_a_second_run_makes_what_is_missing_broken_or_different(
     assert "3 made again with other settings, 3 skipped, finished" in capsys.readouterr().err
     changed = contents("out")
     assert {name for name in first if first[name] != changed[name]} == {"a-0.gif", "a-1.gif", "a-2.gif"}
+
+
+def frames_of(folder: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).glob("*/*.png"))}
+
+
+@pytest.mark.slow
+def test_a_second_run_makes_folders_of_pngs_again_too(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that lack a frame, or have another one, or were made otherwise, with more frames; and it leaves no other
+    folder behind. What an operating system adds breaks nothing.
+    """
+    command = ("photos", "-o", "out", "--seeds", "0-2", "--name-template", "{stem}-{seed}")
+    assert run(tiny_folder, *command) == 0
+    first = frames_of("out")
+    assert len(first) == 12
+    Path("out/a-0/.DS_Store").write_bytes(b"what Finder says of a folder")
+    capsys.readouterr()
+    assert run(tiny_folder, *command) == 0
+    assert "minisvd: of 6 videos 6 skipped, finished with the same settings\n" in capsys.readouterr().err
+
+    Path("out/a-0/frame_0000.png").unlink()
+    Path("out/a-1/frame_0001.png").write_bytes(b"")
+    Path("out/a-2/frame_0001.png").unlink()
+    shutil.rmtree("out/b-0")
+    four = ["--model", str(tiny_folder), *FAST, "--frames", "4"]
+    assert main(["generate", "photos/b.JPG", "-o", "out/b-1", "--seed", "1", *four]) == 0
+    assert len(frames_of("out")) == 10
+    capsys.readouterr()
+    assert run(tiny_folder, *command) == 0
+    said = "1 made, 1 made again with other settings, 3 made again, which were broken, 1 skipped, finished with"
+    assert f"minisvd: of 6 videos {said} the same settings\n" in capsys.readouterr().err
+    assert frames_of("out") == first
+    assert not [name for name in os.listdir("out") if name.startswith(".")]
+
+    for said in ("", "minisvd: of 1 videos 1 skipped, finished with the same settings\n"):
+        assert run(tiny_folder, "photos/a.png", "-o", "alone") == 0  # which is a folder the second time
+        assert capsys.readouterr().err.endswith(said)
+    assert sorted(os.listdir("alone")) == ["frame_0000.png", "frame_0001.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["no record", "a record of nothing", "more frames", "another file", "a folder", "link"])
+def test_a_folder_that_holds_what_no_run_wrote_is_never_replaced(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    """Its run fails, in one line, and the others go on. Control: the test above."""
+    command = ("photos", "-o", "out", "--name-template", "{stem}")
+    assert run(tiny_folder, *command) == 0
+    Path("out/b/frame_0001.png").unlink()
+    if why == "no record":
+        Path("out/b.json").unlink()
+    elif why == "a record of nothing":
+        Path("out/b.json").write_text('{"made": {"num_frames": "all"}, "video_sha256": ""}')
+    elif why == "more frames":
+        Path("out/b/frame_0002.png").write_bytes(b"someone's")
+    elif why == "another file":
+        Path("out/b/notes.txt").write_bytes(b"someone's")
+    elif why == "a folder":
+        Path("out/b/frame_0001.png").mkdir()
+    else:
+        Path("out/b").rename("photos/b")
+        os.symlink("../photos/b", "out/b")
+    before = contents("out/b")
+    capsys.readouterr()
+    assert run(tiny_folder, *command) in (1, 2)
+    says = "Is a directory: 'out/b/frame_0001.png'" if why == "a folder" else "it exists and is not an empty folder"
+    assert says in capsys.readouterr().err
+    assert contents("out/b") == before
+
+
+def test_a_folder_of_frames_has_its_record_before_it_is_there(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a run which is ended in between, here as its last file is moved, does not block the next one."""
+    moved, move = [], os.replace
+
+    def ended(source: str, target: str) -> None:
+        moved.append(os.path.relpath(target))
+        if moved[-1] == "out/a":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", ended)
+        assert run(tiny_folder, "photos/a.png", "-o", "out/a") == 130
+    assert moved[-2:] == ["out/a.json", "out/a"]
+    assert os.listdir("out") == ["a.json"]
+    capsys.readouterr()
+    assert run(tiny_folder, "photos/a.png", "-o", "out/a") == 0
+    assert capsys.readouterr().out == "out/a\n"
 
 
 def test_other_weights_are_other_settings(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from minisvd.attention import GEGLU
 from minisvd.cli import main
 from minisvd.memory import ECONOMIES, MARGIN, fitting, peaks, sliced
 from minisvd.pipeline import RowByRow, visit
+from tools.cost.memory import peak_of
 from tools.cost.memory import peaks as counted
 
 META = torch.device("meta")
@@ -143,6 +144,15 @@ def test_svd_xt_is_as_small_as_promised() -> None:
     assert slices["one step"] <= 5.4
     assert least["one step"] <= 2.8
     assert full["one step"] > 7  # control
+
+
+@pytest.mark.slow
+def test_decoding_from_the_host_needs_a_gigabyte_and_a_half_at_most() -> None:
+    """Frames of 1024x576 in float16, one at a time, however many they are; counted. Control: two at a time."""
+    found = [peak_of("decode", torch.float16, (1024, 576), t, chunk, "host") for t, chunk in ((2, 1), (4, 1), (4, 2))]
+    print(*(f"{each:.3f}" for each in found), "GB")
+    assert found[0] == pytest.approx(found[1], rel=0.01)
+    assert found[1] <= 1.5 < found[2]
 
 
 def test_the_gentlest_economy_that_fits_is_chosen() -> None:

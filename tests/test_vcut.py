@@ -373,12 +373,18 @@ def test_the_tensors_that_a_fold_drops_are_exactly_the_dead_ones(tiny_folder):
 
 @pytest.mark.parametrize("vcut", ["lossless", "on"])
 @pytest.mark.slow
-def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_path, vcut):
+def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_path, capsys, vcut):
+    """Once as a program, once by its `main`."""
     build = {"lossless": "lossless", "on": True}[vcut]
     out = tmp_path / "converted"
-    command = [sys.executable, "-m", "tools.folder.convert", str(tiny_folder), str(out), "--vcut", vcut]
-    done = subprocess.run([*command, "--dtype", "float32"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    argv = [str(tiny_folder), str(out), "--vcut", vcut, "--dtype", "float32"]
+    if vcut == "lossless":
+        command = [sys.executable, "-m", "tools.folder.convert", *argv]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    else:
+        assert convert(argv) == 0
+        assert capsys.readouterr().out == f"{out}\n"
     assert json.loads((out / "unet/config.json").read_text())["vcut"] == build
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (out / weights).stat().st_size < (tiny_folder / weights).stat().st_size
@@ -390,9 +396,10 @@ def test_convert_writes_a_smaller_folder_that_loads_the_same(tiny_folder, tmp_pa
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     with pytest.raises(ValueError, match=f"built with vcut={build!r}; it cannot become False"):
         minisvd.load(out, vcut=False)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
-    assert "exists" in again.stderr
+    assert convert(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "exists" in err
 
 
 @pytest.mark.slow

@@ -285,6 +285,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dir.mp4").mkdir()
     (tmp_path / "file").touch()
     for attempt in (check_output, video.save):
+        wrongs: list[Any] = [5, None, b"clip.mp4"]
+        for wrong in wrongs:
+            with pytest.raises(ValueError, match=f"cannot write {wrong!r}: give a path"):
+                attempt(wrong)
         with pytest.raises(FileNotFoundError, match=r"the folder .*/none does not exist"):
             attempt(tmp_path / "none" / "clip.mp4")
         with pytest.raises(FileExistsError, match="it is a folder"):

@@ -1,7 +1,11 @@
 """Is minisvd as fast and as small as diffusers? Both run in turn, in one process, on the same weights and inputs.
 
-    python -m tools.cost.benchmark                                                       the ratios, on the CPU, quickly
-    python -m tools.cost.benchmark --config full --size 192x128 --frames 14 --repeats 5   the released network's sizes
+The ratios, on a CPU, quickly; the released network, on a quiet one, part by part; its steps compiled; on a GPU:
+
+    python -m tools.cost.benchmark
+    python -m tools.cost.benchmark --config full --size 128x64 --video-size 64x64 --video-frames 4 --repeats 3 \\
+        --dtype float32 bfloat16 --save runs/benchmark.json
+    python -m tools.cost.benchmark --config full --size 128x64 --repeats 3 --part guided --compile
     python -m tools.cost.benchmark --device cuda --config full --size 1024x576 --frames 14 25 --dtype float16 bfloat16
 
 Parts: a guided step (a batch of two) and a single one, encoding, decoding at several chunks, a whole video of --steps
@@ -9,6 +13,10 @@ with and without the cut, loading a UNet from a local folder; with --compile the
 First the outputs are compared (diffusers' residual eps set to the original 1e-5; vcut=True is another function, and a
 video draws its own noise), which warms up; then A B B A A B B A ... are timed. A ratio is median(minisvd) / median
 (diffusers): below 1, minisvd is faster. Its interval holds the middle 95 % of ratios of medians over resampled rounds.
+Rows in another than the first --dtype have a second ratio, to diffusers in the first, which was timed before or after.
+A video is warmed up, and its memory measured, in two steps, as all of them take the same; --video-size and
+--video-frames make it a smaller one than the rest. What a part finds is written to --save FILE when it ends, and the
+same command goes on from there, with the same settings, versions and processor alone.
 
 A GPU is timed by the wall clock; a CPU runs on one thread and is timed in processor time, of which other programs take
 less away. "counted" is the peak of live tensors on top of the weights, by their shapes (`tools.cost.memory`);
@@ -30,6 +38,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +62,9 @@ from minisvd.config import UNetConfig, VAEConfig
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder, Hold
 from tools.cost.memory import LiveBytes, fused
+from tools.cost.resident import resident
 from tools.measure.metrics import bootstrap_interval
-from tools.output import table
+from tools.output import table, write_json
 
 CONFIGS = {
     "tiny": UNetConfig(block_out_channels=(32, 64, 64, 64), num_attention_heads=(1, 2, 2, 2), cross_attention_dim=64),
@@ -73,13 +83,13 @@ LOADERS = {
 LOADING = """
 import time, torch
 {loader}
-from tools.cost.benchmark import own_memory
+from tools.cost.resident import own_memory
 before, began = own_memory(), time.perf_counter()
 unet = load({folder!r})
 print(time.perf_counter() - began, own_memory() - before)
 """
 
-Forwards = dict[str, Callable[[], Tensor]]
+Forwards = dict[str, Callable[..., Tensor]]  # those of videos may be given a number of steps
 
 
 @dataclass(frozen=True)
@@ -226,16 +236,16 @@ def video_forwards(setting: Setting) -> Forwards:
         "height": height,
     }
 
-    def theirs() -> Tensor:
-        made: Any = pipeline(picture, **shape, num_inference_steps=setting.steps, output_type="pt")
+    def theirs(steps: int = setting.steps) -> Tensor:
+        made: Any = pipeline(picture, **shape, num_inference_steps=steps, output_type="pt")
         return made.frames
 
-    def ours(unet: SpatioTemporalUNet, cut_step: int | None) -> Callable[[], Tensor]:
+    def ours(unet: SpatioTemporalUNet, cut_step: int | None) -> Callable[..., Tensor]:
         svd = StableVideoDiffusion(
             unet, our_vae, our_clip, GenerationConfig(num_frames=setting.frames, size=setting.size)
         )
-        call: dict[str, Any] = {"steps": setting.steps, "guidance": (1.0, 3.0), "cut_step": cut_step, "progress": False}
-        return lambda: svd(picture, **call).frames
+        call: dict[str, Any] = {"guidance": (1.0, 3.0), "cut_step": cut_step, "progress": False}
+        return lambda steps=setting.steps: svd(picture, steps=steps, **call).frames
 
     cut, builds = setting.cut_step, {"lossless": fold(our_unet, "lossless"), "True": fold(our_unet, True)}
     forwards: Forwards = {"diffusers": theirs, "minisvd": ours(our_unet, None)}
@@ -294,20 +304,6 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / float(np.median([seconds(lambda: a @ b, device) for _ in range(10)]))
 
 
-def resident(name: str) -> float:
-    """Bytes of a row of /proc/self/status, such as VmHWM; not a number where there is none."""
-    try:
-        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return float("nan")
-    return float(next((row.split()[1] for row in rows if row.startswith(f"{name}:")), "nan")) * 1024
-
-
-def own_memory() -> float:
-    """Bytes in this process that are no file's."""
-    return resident("RssAnon")
-
-
 def measured_peak(forward: Callable[[], Tensor], device: str) -> float:
     """Bytes by which memory grew at most while a forward ran."""
     gc.collect()
@@ -344,17 +340,19 @@ def counted_peaks(part: str, setting: Setting) -> dict[str, float]:
 
 def compare(part: str, setting: Setting, repeats: int, rate: float) -> list[dict[str, Any]]:
     """A row for each forward of a part. Raises SystemExit if two that are one function differ."""
-    forwards = forwards_of(part, setting)
-    theirs, errors = forwards["diffusers"](), {}
-    for name, forward in forwards.items():
+    forwards, errors = forwards_of(part, setting), {}
+    first = {name: partial(forward, min(2, setting.steps)) for name, forward in forwards.items()}
+    first = first if part == "video" else forwards
+    theirs = first["diffusers"]()
+    for name, forward in first.items():
         tqdm.write(f"{part}: {name}{', which compiles, for minutes' if 'compiled' in name else ''}", file=sys.stderr)
         out, same = forward(), part != "video" and not name.startswith("minisvd, True")
         errors[name] = relative_error(out, theirs) if same else None
     allowed = TOLERANCE[setting.dtype]
     if wrong := {name: error for name, error in errors.items() if error is not None and not error <= allowed}:
         raise SystemExit(f"{part}: the outputs differ, relative to the largest: {wrong}; need {allowed}")
+    grown = {name: measured_peak(forward, setting.device) for name, forward in first.items()}
     times = rounds([*forwards.values()], repeats, setting.device)
-    grown = {name: measured_peak(forward, setting.device) for name, forward in forwards.items()}
     counted = counted_peaks(part, setting) if part != "video" else {}
     branches = {"guided": 2, "single": 1}.get(part, 0)
     macs = unet_cost(CONFIGS[setting.config], setting.frames, setting.latent, branches).macs if branches else 0
@@ -363,7 +361,7 @@ def compare(part: str, setting: Setting, repeats: int, rate: float) -> list[dict
         median = float(np.median(times[:, i]))
         middle, low, high = ratio(times[:, [i, 0]])
         row = {"part": part, "frames": setting.frames, "dtype": str(setting.dtype).removeprefix("torch."), "name": name}
-        row |= {"seconds": median, "ratio": middle, "interval": (low, high), "error": seen}
+        row |= {"seconds": median, "ratio": middle, "interval": (low, high), "error": seen, "times": [*times[:, i]]}
         row |= {"counted": counted.get(name), "measured": grown[name]}
         rows.append(row | ({"flops": 2 * macs / median, "share": 2 * macs / median / rate} if macs else {}))
     return rows
@@ -389,9 +387,45 @@ def compare_loading(setting: Setting, repeats: int) -> list[dict[str, Any]]:
             "name": name,
             "seconds": float(np.median(times[0, :, j])),
         }
-        row |= {"ratio": middle, "interval": (low, high), "error": None, "counted": None}
+        row |= {"ratio": middle, "interval": (low, high), "error": None, "counted": None, "times": [*times[0, :, j]]}
         rows.append(row | {"measured": float(np.median(times[1, :, j]))})
     return rows
+
+
+class Found:
+    """The rows so far: in a file, if there is one, whole after each part, for a run that goes on."""
+
+    def __init__(self, file: Path | None, same: dict[str, Any]) -> None:
+        """Raises SystemExit for a file of a run that was not `same`."""
+        self.file, self.same, self.rows = file, same, []
+        if file and file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            for name, value in json.loads(json.dumps(same)).items():
+                if kept["same"].get(name) != value:
+                    raise SystemExit(
+                        f"{file} is of a run with {name} {kept['same'].get(name)}, not {value}: name another"
+                    )
+            self.rows = kept["rows"]
+
+    def of(self, part: str, frames: int | None, dtype: str, measure: Callable[[], list[dict[str, Any]]]) -> list[Any]:
+        """The rows of a part, measured if they are not there."""
+        about = {"part": part, "frames": frames, "dtype": dtype}
+        if not (here := [row for row in self.rows if about.items() <= row.items()]):
+            self.rows += (here := finite(measure()))
+            if self.file:
+                write_json(self.file, {"same": self.same, "rows": self.rows})
+        return here
+
+
+def beside_the_first(rows: list[dict[str, Any]], first: str) -> None:
+    """To each row `to_first`: the ratio, with its interval, to diffusers in the dtype that was named first."""
+    for row in rows:
+        about = {"part": row["part"], "frames": row["frames"], "dtype": first, "name": "diffusers"}
+        base = next((other for other in rows if about.items() <= other.items()), row)
+        row["to_first"] = None
+        if row["dtype"] != base["dtype"]:
+            n = min(len(row["times"]), len(base["times"]))
+            row["to_first"] = ratio(np.array([row["times"][:n], base["times"][:n]]).T)
 
 
 # --- what is said of it -------------------------------------------------------------------------------------------
@@ -407,11 +441,12 @@ def shown(rows: list[dict[str, Any]], gpu: bool) -> str:
         rate = f"{row['flops'] / 1e12:.2f}, {row['share']:.0%}" if "flops" in row else ""
         frames, error = str(row["frames"] or ""), "" if row["error"] is None else f"{row['error']:.1e}"
         interval = f"{low:.3f} to {high:.3f}"
-        about = row["part"], frames, row["dtype"], row["name"]
-        return *about, time, f"{row['ratio']:.3f}", interval, *sizes, rate, error
+        about, first = (row["part"], frames, row["dtype"], row["name"]), row["to_first"]
+        second = "" if first is None else f"{first[0]:.3f} ({first[1]:.3f} to {first[2]:.3f})"
+        return *about, time, f"{row['ratio']:.3f}", interval, second, *sizes, rate, error
 
-    titles = ("part", "frames", "dtype", "", "median", "/ diffusers", "95 % interval", "counted", "measured")
-    return table((*titles, "TFLOP/s, share", "difference"), "lrllrrrrrrr", map(cells, rows))
+    titles = ("part", "frames", "dtype", "", "median", "/ diffusers", "95 % interval", "/ in the first dtype")
+    return table((*titles, "counted", "measured", "TFLOP/s, share", "difference"), "lrllrrrrrrrr", map(cells, rows))
 
 
 def hardware(device: str) -> str:
@@ -436,38 +471,50 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", default="128x128", help="pixels, WxH, multiples of 64 (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="forwards of each (default: %(default)s)")
     parser.add_argument("--video-repeats", type=int, default=2, help="of whole videos (default: %(default)s)")
+    parser.add_argument("--video-size", metavar="WxH", help="pixels of a video (default: --size)")
+    parser.add_argument("--video-frames", type=int, nargs="+", metavar="N", help="of a video (default: --frames)")
     parser.add_argument("--steps", type=int, default=25, help="of a video (default: %(default)s)")
     parser.add_argument("--cut-step", type=int, default=17, help="of a video with the cut (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="the steps compiled, too")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="what was found, to go on from")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    width, height = (int(side) for side in args.size.split("x"))
-    rows, rates = [], {name: matmul_rate(args.device, DTYPES[name]) for name in args.dtype}
-    for name in args.dtype:
-        for frames in args.frames:
-            setting = Setting(args.device, DTYPES[name], args.config, frames, (width, height))
-            chosen: dict[str, Any] = {"steps": args.steps, "cut_step": args.cut_step, "compile": args.compile}
-            setting = replace(setting, **chosen)
-            for part in (part for part in args.part if part != "load"):
-                repeats = args.video_repeats if part == "video" else args.repeats
-                rows += compare(part, setting, repeats, rates[name])
-    if "load" in args.part:
-        rows += compare_loading(Setting("cpu", torch.float32, args.config, 1, (64, 64)), args.repeats)
-
+    gc.freeze()  # so that looking for garbage, before memory is measured, does not go through all that is imported
     where = hardware(args.device)
     versions = {
         "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
+    any_run = {"part", "dtype", "frames", "save"}
+    same = {"hardware": where, "versions": versions} | {k: v for k, v in vars(args).items() if k not in any_run}
+    found, rows = Found(args.save, same), []
+    rates = {name: matmul_rate(args.device, DTYPES[name]) for name in args.dtype}
+    for name in args.dtype:
+        chosen: dict[str, Any] = {"steps": args.steps, "cut_step": args.cut_step, "compile": args.compile}
+        for part in (part for part in args.part if part != "load"):
+            size, counts, repeats = args.size, args.frames, args.repeats
+            if part == "video":
+                size, counts, repeats = args.video_size or size, args.video_frames or counts, args.video_repeats
+            for frames in counts:
+                width, height = (int(side) for side in size.split("x"))
+                setting = Setting(args.device, DTYPES[name], args.config, frames, (width, height), **chosen)
+                rows += found.of(part, frames, name, partial(compare, part, setting, repeats, rates[name]))
+    if "load" in args.part:
+        setting = Setting("cpu", torch.float32, args.config, 1, (64, 64))
+        rows += found.of("load", None, "float32", partial(compare_loading, setting, args.repeats))
+    beside_the_first(rows, args.dtype[0])
+    gc.unfreeze()
+
     rated = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
     print(f"{args.config} configuration, {args.size}, {where}, {versions}, a large product in TFLOP/s: {rated}")
     print(f"{args.repeats} forwards of each, {args.video_repeats} videos of {args.steps} steps\n")
     print(shown(rows, args.device.startswith("cuda")))
     print(
         json.dumps(
-            {"hardware": where, "versions": versions, "asked": vars(args), "matmul": rates, "rows": finite(rows)}
+            {"hardware": where, "versions": versions, "asked": vars(args), "matmul": rates, "rows": rows},
+            default=str,
         )
     )
 

@@ -9,6 +9,7 @@ nothing else. Not counted is what a device's libraries take: the context, convol
 import argparse
 import weakref
 from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from typing import Any, get_args
 
@@ -58,15 +59,17 @@ class LiveBytes(TorchDispatchMode):
         self.moves.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        on_host = any(self.is_on_host(tensor) for tensor in tree_iter(args) if isinstance(tensor, Tensor))
-        if self.moving_to:
-            on_host = self.moving_to == "cpu"
         result = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in tree_iter(args) if isinstance(tensor, Tensor)}
-        for tensor in tree_iter(result):  # what was there before, a weight, may come back as itself or as a view
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.count(tensor.untyped_storage(), on_host)
-        self.peak = max(self.peak, self.now)
+        results = [result] if isinstance(result, Tensor) else tree_iter(result)
+        storages = [tensor.untyped_storage() for tensor in results if isinstance(tensor, Tensor)]
+        if new := [storage for storage in storages if storage._cdata not in self.sizes]:
+            tensors = [tensor for tensor in tree_iter(args) if isinstance(tensor, Tensor)]
+            given = {tensor.untyped_storage()._cdata for tensor in tensors}
+            on_host = self.moving_to == "cpu" if self.moving_to else any(map(self.is_on_host, tensors))
+            for storage in new:  # what was there before, a weight, may come back as itself or as a view
+                if storage._cdata not in given:
+                    self.count(storage, on_host)
+            self.peak = max(self.peak, self.now)
         return result
 
     def is_on_host(self, tensor: Tensor) -> bool:
@@ -107,39 +110,59 @@ def fused(q: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(q)
 
 
+@cache
+def released(dtype: torch.dtype) -> tuple[SpatioTemporalUNet, AutoencoderKLTemporalDecoder, ImageEncoder]:
+    """The released networks without their data."""
+    with torch.device("meta"):
+        parts = SpatioTemporalUNet(UNetConfig()), AutoencoderKLTemporalDecoder(VAEConfig()), ImageEncoder(ClipConfig())
+    return parts[0].to(dtype), parts[1].to(dtype), parts[2].to(dtype)
+
+
+@cache
 @torch.inference_mode()
+def peak_of(stage: str, dtype: torch.dtype, size: tuple[int, int], t: int, *how: Any) -> float:
+    """Gigabytes that a stage allocates at most: "encode"; "one step" of so many rows, in so many slices; "decode" in
+    such chunks, with such a hold."""
+    unet, vae, _ = released(dtype)
+    h, w = size[1] // 8, size[0] // 8
+    with torch.device("meta"):
+        if stage == "encode":
+            run = partial(vae.encode, torch.empty(1, 3, size[1], size[0]))
+        elif stage == "decode":
+            run = partial(vae.decode, torch.empty(1, t, 4, h, w), *how)
+        else:
+            b, slices = how
+            sample, embeds = torch.empty(b, t, 8, h, w, dtype=dtype), torch.empty(b, 1, 1024, dtype=dtype)
+            run = partial(sliced(unet, slices), sample, torch.empty(()), embeds, torch.empty(b, 3))
+    original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
+    try:
+        with LiveBytes() as live:
+            run()
+    finally:
+        F.scaled_dot_product_attention = original
+    return live.peak / 1e9
+
+
 def peaks(
     generation: GenerationConfig, dtype: torch.dtype, guided: bool = True, economy: Economy = ECONOMIES[0]
 ) -> dict[str, float]:
     """Gigabytes: the weights of all three parts, the peak of what each stage allocates on top of those that it finds
     on the device, and the largest sum of the two."""
-    (width, height), t = generation.size, generation.num_frames
-    with torch.device("meta"):
-        unet = SpatioTemporalUNet(UNetConfig()).to(dtype)
-        vae = AutoencoderKLTemporalDecoder(VAEConfig()).to(dtype)
-        clip = ImageEncoder(ClipConfig()).to(dtype)
-        b, h, w = 1 + (guided and not economy.in_turn), height // 8, width // 8
-        image = torch.empty(1, 3, height, width)
-        sample, latents = torch.empty(b, t, 8, h, w, dtype=dtype), torch.empty(1, t, 4, h, w)
-        embeds, c_noise, ids = torch.empty(b, 1, 1024, dtype=dtype), torch.empty(()), torch.empty(b, 3)
+    unet, vae, clip = released(dtype)
+    rows = 1 + (guided and not economy.in_turn)
     stages = {
-        "encode": lambda: vae.encode(image),
-        "one step": lambda: sliced(unet, economy.slices)(sample, c_noise, embeds, ids),
-        "decode": lambda: vae.decode(latents, generation.decode_chunk, economy.hold),
+        "encode": (),
+        "one step": (rows, economy.slices),
+        "decode": (generation.decode_chunk, economy.hold),
     }
     weights = {part: sum(p.nbytes for p in part.parameters()) / 1e9 for part in (unet, vae, clip)}
     everything = sum(weights.values())
     there = [weights[part] if economy.visiting else everything for part in (vae, unet, vae)]
-    result = {"weights": everything}
-    original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
-    try:
-        for name, stage in stages.items():
-            with LiveBytes() as live:
-                stage()
-            result[name] = live.peak / 1e9
-    finally:
-        F.scaled_dot_product_attention = original
-    return result | {"largest sum": max(map(sum, zip(there, [*result.values()][1:], strict=True)))}
+    found = {
+        stage: peak_of(stage, dtype, generation.size, generation.num_frames, *how) for stage, how in stages.items()
+    }
+    largest = max(map(sum, zip(there, found.values(), strict=True)))
+    return {"weights": everything} | found | {"largest sum": largest}
 
 
 def main() -> None:
