@@ -3,11 +3,9 @@
 Axes: t frames, n frames of any videos, c = 3 colours (RGB), h w pixels, d features, m elements of a sample. Frames are
 float tensors [t,3,h,w] in [0,1]. A feature extractor is any callable from frames [n,3,h,w] to features [n,d].
 
-Where the formulas come from. "Faster Image2Video Generation" (arXiv 2407.19205), section IV-B, measures with its Eq. 5
-to 8: subject consistency, background consistency, video-image subject and video-image background consistency. The text
-of these equations was not at hand. So nothing here claims to be equal to them: each formula is that of VBench, on
-which the paper's section builds, and its docstring names the source. What VBench fixes beside the formula is left to
-the caller: which network makes the features, which videos and images are measured, at how many frames a second.
+Consistencies are Eq. 5 to 8 of "Faster Image2Video Generation" (arXiv 2407.19205), section IV-B, which builds on VBench
+(arXiv 2311.17982); each other measure names its source. What the paper fixes beside a formula is left to the caller:
+which network makes the features, which videos and images are measured, at how many frames a second.
 """
 
 import math
@@ -41,7 +39,7 @@ HUBS = ("hf-hub:", "local-dir:")  # how a model's name begins that is in neither
 
 @dataclass(frozen=True)
 class Consistencies:
-    """What the paper's Eq. 5 to 8 name, each in [0,1]: see `consistency` and `image_consistency`."""
+    """Eq. 5, 7, 6 and 8 of arXiv 2407.19205, each in [-1,1]: see `consistency`."""
 
     subject: float
     background: float
@@ -52,8 +50,7 @@ class Consistencies:
 def consistencies(frames: Tensor, image: Tensor, *, subject: Features, background: Features) -> Consistencies:
     """The four measures of frames [t,3,h,w] that were made from an image [3,H,W], with one extractor for each pair.
 
-    Subject and background differ in nothing but the extractor. VBench takes DINO for the subject; for the background
-    it takes CLIP, and DreamSim where the video is compared with its image.
+    Subject and background differ in nothing but the extractor: the paper takes DINO for the one, CLIP for the other.
     """
     if len(frames) < 2 or image.ndim != 3:
         raise ValueError(f"frames are {list(frames.shape)}, image {list(image.shape)}: need [t,3,h,w], t > 1, [3,H,W]")
@@ -62,41 +59,26 @@ def consistencies(frames: Tensor, image: Tensor, *, subject: Features, backgroun
     return Consistencies(
         subject=consistency(d),
         background=consistency(c),
-        image_subject=image_consistency(subject(image[None])[0], d),
-        image_background=image_consistency(background(image[None])[0], c),
+        image_subject=consistency(d, subject(image[None])[0]),
+        image_background=consistency(c, background(image[None])[0]),
     )
 
 
-def consistency(features: Tensor) -> float:
-    """How alike the features [t,d] of a video's frames are: the mean over t = 2..T of (<d_1, d_t> + <d_t-1, d_t>) / 2.
+def consistency(features: Tensor, reference: Tensor | None = None) -> float:
+    """1/(T-1) sum over t = 2..T of (<r, d_t> + <d_t-1, d_t>) / 2, with d_t the frames' normalised features [t,d].
 
-    <,> is the cosine, and 0 where that is negative. Source: VBench (arXiv 2311.17982), supplementary material, whose
-    formula S_subject (DINO) and S_background (CLIP) was read as others quote it; the cut at 0 is in VBench's code,
-    vbench/subject_consistency.py and background_consistency.py.
+    r is the first frame's, d_1 (Eq. 5 with DINO, Eq. 7 with CLIP), or the normalised `reference` [d], that of the image
+    which the video was made from (Eq. 6 and 8). A feature of zeros, which has no direction, has the product 0.
+    VBench cuts products below 0, and compares with the image otherwise; the paper does neither.
     """
-    _check_numbers(features, least=2)
-    to_first, to_previous = similarity(features[:1], features[1:]), similarity(features[:-1], features[1:])
-    return ((to_first + to_previous) / 2).mean().item()
-
-
-def image_consistency(image: Tensor, features: Tensor, weights: tuple[float, float, float] = (0.4, 0.3, 0.3)) -> float:
-    """How alike a video's frames, features [t,d], are to the image that it was made from, feature [d].
-
-    a max_t <x, d_t> + b mean_t <d_t-1, d_t> + c min_t <d_t-1, d_t> with weights (a, b, c), <,> as in `consistency`.
-    Source: VBench-I2V's code, vbench2_beta_i2v/i2v_subject.py (DINO) and i2v_background.py (DreamSim), which VBench++
-    (arXiv 2411.13503), section 3.1.3, calls a weighted average. Another commit of i2v_subject.py has (0.5, 0.5, 0).
-    """
-    _check_numbers(features, image, least=2)
-    if image.shape != features.shape[1:]:
-        raise ValueError(f"features are {list(features.shape)}, the image's {list(image.shape)}: need one size of both")
-    to_image, to_previous = similarity(image[None], features), similarity(features[:-1], features[1:])
-    parts = torch.stack([to_image.max(), to_previous.mean(), to_previous.min()])
-    return (parts @ torch.tensor(weights, dtype=parts.dtype)).item()
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """max(0, cosine) of rows [n,d], in float64; 0 for a row of zeros, which has no direction."""
-    return F.cosine_similarity(a.double(), b.double(), dim=-1).clamp(min=0)
+    _check_numbers(features, *([] if reference is None else [reference]), least=2)
+    if reference is not None and reference.shape != features.shape[1:]:
+        raise ValueError(
+            f"features are {list(features.shape)}, reference {list(reference.shape)}: need one size of both"
+        )
+    d = F.normalize(features.double(), dim=-1)
+    r = d[0] if reference is None else F.normalize(reference.double(), dim=-1)
+    return ((d[1:] @ r + (d[:-1] * d[1:]).sum(dim=-1)) / 2).mean().item()
 
 
 # --- feature extractors ---------------------------------------------------------------------------------------------
@@ -287,6 +269,34 @@ def dynamics(frames: Tensor, flow: Flow = lucas_kanade) -> Dynamics:
     return Dynamics(pixels=mean, relative=mean / side, moving=pairs >= max(1, round(len(frames) / 4)))
 
 
+@torch.no_grad()
+def smoothness(frames: Tensor, flow: Flow = lucas_kanade) -> float:
+    """1 - mean |interpolated - dropped| in [0,1], 1 best: every second of frames [t,3,h,w] is dropped and made again of
+    its two neighbours; the last of an even count has only one, and counts not.
+
+    Half-way between a and b, with f the flow from a to b: m(q) = (a(p) + b(p + f(p))) / 2 at p + f(p)/2 = q.
+    Source: motion smoothness of VBench (vbench/motion_smoothness.py), as arXiv 2407.19205 takes it. Both interpolate by
+    a network, AMT; `flow` stands in for it, so the number is not theirs.
+    """
+    _check_numbers(frames, least=3)
+    kept = frames[::2].float()
+    dropped = frames[1::2][: len(kept) - 1].float()
+    a, b, f = kept[:-1], kept[1:], flow(kept)
+    back = -f / 2
+    for _ in range(3):  # the fixed point p = q - f(p) / 2
+        back = -_fetched(f, back) / 2
+    middle = (_fetched(a, back) + _fetched(b, -back)) / 2
+    return 1 - (middle - dropped).abs().mean().item()
+
+
+def _fetched(images: Tensor, offset: Tensor) -> Tensor:
+    """images [n,c,h,w] at q + offset(q), for offsets [n,2,h,w] as (x, y) in pixels."""
+    h, w = images.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    place = 2 * rearrange(torch.stack([x, y]) + offset, "n xy h w -> n h w xy") / torch.tensor([w, h]) - 1
+    return F.grid_sample(images, place, "bilinear", "border", align_corners=False)
+
+
 # --- fidelity to a reference ----------------------------------------------------------------------------------------
 
 
@@ -335,11 +345,13 @@ def _check_same_shape(a: Tensor, b: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of differences and the interval that holds it."""
+    """The mean of differences, the interval that holds it, its standard error and its p: see `paired_difference`."""
 
     mean: float
     low: float
     high: float
+    error: float
+    p: float
 
 
 def bootstrap_interval(
@@ -361,15 +373,85 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def clustered(
+    values: np.ndarray, statistic: Callable[..., Any] = np.mean, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of values [m,k], k of each of m scenes, and its 95 % bootstrap interval: whole scenes are drawn, so
+    that what a scene's k values share does not pass for as many findings. `statistic` is numpy's, with its `axis`.
+    Source: Davison and Hinkley, 1997, section 3.8."""
+    values = _finite(values)
+    samples = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    found = statistic(values[samples].reshape(draws, -1), axis=1)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(statistic(values)), float(low), float(high)
+
+
 def paired_difference(a: Values, b: Values) -> Difference:
-    """The mean of a_i - b_i over scenes i, and its 95 % bootstrap interval: the scenes are drawn, as pairs."""
-    if len(a) != len(b):
+    """The mean of a_i - b_i over scenes i, and its 95 % bootstrap interval: the scenes are drawn, as pairs.
+
+    a and b are [m], or [m,k] for k pairs of each scene, which count as their mean. p is that of Student's t over the
+    scenes, two-sided: how likely so large a mean is if there is none; 1 if every scene's difference is 0.
+    """
+    a, b = _finite(a), _finite(b)
+    if a.shape != b.shape:
         raise ValueError(f"{len(a)} values and {len(b)}: need a pair for each scene")
-    difference = _finite(a) - _finite(b)
-    return Difference(float(difference.mean()), *bootstrap_interval(difference, lambda sample: float(sample.mean())))
+    scenes_own = (a - b).reshape(len(a), -1)
+    mean, low, high = clustered(scenes_own.mean(axis=1, keepdims=True))
+    error = float(scenes_own.mean(axis=1).std(ddof=1) / math.sqrt(len(a))) if len(a) > 1 else math.inf
+    p = (student_p(mean / error, len(a) - 1) if len(a) > 1 else 1.0) if error else float(mean == 0)
+    return Difference(mean, low, high, error, p)
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def student_p(t: float, df: int) -> float:
+    """P(|T| >= |t|) of Student's t with df > 0 degrees of freedom, by its finite series in the cosine of
+    atan(t / sqrt(df)). Source: Abramowitz and Stegun, 1964, 26.7.3 and 26.7.4."""
+    angle = math.atan(abs(t) / math.sqrt(df))
+    cos, term, total = math.cos(angle), 1.0, 0.0
+    first = df % 2
+    for i in range(first, df - 1, 2):  # 1 + 1/2 cos^2 + (1 3)/(2 4) cos^4 ..., or cos + 2/3 cos^3 ...
+        term = (cos if first else 1.0) if i == first else term * cos * cos * (i - 1) / i
+        total += term
+    within = 2 / math.pi * (angle + math.sin(angle) * total) if first else math.sin(angle) * total
+    return max(0.0, 1 - within)
+
+
+def smallest_effect(error: float, comparisons: int = 1, power: float = 0.8) -> float:
+    """(z_(1 - 0.05 / 2m) + z_power) error: the effect that a study finds with this power, at the standard `error` of a
+    difference, when it makes m comparisons and each has to pass Bonferroni's level, the first of `holm`.
+    Source: Bloom, Minimum detectable effects, 1995."""
+    normal = NormalDist()
+    return (normal.inv_cdf(1 - 0.025 / comparisons) + normal.inv_cdf(power)) * error
+
+
+def holm(p: Values) -> np.ndarray:
+    """p values [m] corrected for their number: max over j <= i of (m - j + 1) p_(j), at most 1, in the given order.
+
+    If all that are at most 0.05 are called effects, the chance that any of them is none is at most 5 %.
+    Source: Holm, 1979.
+    """
+    p = _finite(p)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return corrected
+
+
+def clustered_share(hits: np.ndarray) -> tuple[float, float, float]:
+    """The share of true in hits [m,k], k of each of m scenes; Wilson's interval for as many trials as they are worth:
+
+    p (1 - p) / var(p), with var(p) the squared standard error of the scenes' own shares, at least m and at most m k; m
+    where all hits agree, for then nothing tells how much a scene's agree. Source: Kish, 1965 (the design effect).
+    """
+    hits = _finite(hits)
+    m, k = hits.shape
+    p, worth = float(hits.mean()), float(m)
+    variance = hits.mean(axis=1).var(ddof=1) / m if m > 1 else 0.0
+    if variance > 0:
+        worth = min(max(p * (1 - p) / variance, m), m * k)
+    return (p, *wilson_interval(p * worth, worth))
+
+
+def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """The chances p that s successes of n trials leave open: all with |s/n - p| <= z sqrt(p (1 - p) / n).
 
     z is the normal quantile of (1 + level) / 2. Source: Wilson, 1927.
