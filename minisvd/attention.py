@@ -95,23 +95,15 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class TemporalBasicTransformerBlock(nn.Module):
+class TemporalBasicTransformerBlock(BasicTransformerBlock):
     """Along time: a feed-forward first, then as within a frame, but over the t tokens of one place (with TCA)."""
 
     def __init__(self, c: int, num_heads: int, c_context: int, cross: tuple[Any, Any]) -> None:
-        super().__init__()
-        norm, attention = cross
-        self.norm_in, self.ff_in = nn.LayerNorm(c), FeedForward(c)
-        self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, num_heads, c)
-        self.norm2, self.attn2 = norm(c), attention(c, num_heads, c_context)
-        self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
+        super().__init__(c, num_heads, c_context, cross)
+        self._modules = {"norm_in": nn.LayerNorm(c), "ff_in": FeedForward(c)} | self._modules  # first, as they run
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b s), t, c], condition [b, ...]
-        x = x + self.ff_in(self.norm_in(x))
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), condition)
-        return x + self.ff(self.norm3(x))
+        return super().forward(x + self.ff_in(self.norm_in(x)), condition)
 
 
 # What else can stand at attn2. `condition` is called once per video, `forward` in every step.

@@ -261,7 +261,8 @@ def resolve(
     if path.is_dir():
         alone = (path / "config.json").is_file() and not (path / folder.CONFIG_FILES["unet"]).is_file()
         inside = "unet/" if alone and list(parts) == ["unet"] else ""  # where the files of a `unet/` folder would be
-        names = folder.choose([inside + name for name in folder.list_folder(path)], parts, variant, str(path))
+        there = sorted(p.relative_to(path).as_posix() for p in (*path.glob("*"), *path.glob("*/*")) if p.is_file())
+        names = folder.choose([inside + name for name in there], parts, variant, str(path))
         layout, files = FOLDER, {part: path / name.removeprefix(inside) for part, name in names.items()}
         stated = {part: folder.CONFIG_FILES[part].removeprefix(inside) for part in parts if part not in configs}
         configs |= {part: folder.read_config(part, path, name) for part, name in stated.items()}

@@ -89,6 +89,8 @@ def generate(args: argparse.Namespace) -> int:
     from .jobs import gather
     from .ranks import join, work
 
+    if args.text is not None:
+        return speak(args)
     began = time.perf_counter()
     store, rank = join()
     device, dtype = place(args)
@@ -112,6 +114,22 @@ def generate(args: argparse.Namespace) -> int:
     return int("failed" in states)
 
 
+def speak(args: argparse.Namespace) -> int:
+    """A video of what --text says, by the second system, tiny-etc or that of a folder. Prints its path."""
+    from .text import TextToVideo
+    from .video import check_output
+
+    if args.image or args.manifest:
+        raise ValueError("a video is made of an image or of a --text: leave one of them out")
+    model = "tiny-etc" if args.model == "tiny" else args.model
+    output, (device, dtype) = check_output(args.output), place(args)
+    chosen = {"fps": args.fps, "num_frames": args.num_frames, "steps": args.steps, "seed": args.seed or 0}
+    video = TextToVideo(model, device=device, dtype=dtype)(args.text, guidance=(args.guidance or [None])[-1], **chosen)
+    video.enlarged(args.zoom).save(output)
+    print(json.dumps({"model": model, "text": args.text, **chosen, "path": str(output)}) if args.json else output)
+    return 0
+
+
 # --- info ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,11 +138,10 @@ def info(args: argparse.Namespace) -> None:
     svd, (device, dtype) = load(args), place(args)
     parts = {name: sum(p.numel() for p in getattr(svd, name).parameters()) for name in ("unet", "vae", "clip")}
     generation = asdict(svd.generation)
-    if args.json:
-        report = {"source": svd.source, "layout": svd.layout, "device": device, "dtype": dtype, "parameters": parts}
-        print(json.dumps(report | {"generation": generation, "versions": versions()}))
-        return
     rows = {"source": svd.source, "layout": svd.layout, "device": device, "dtype": dtype}
+    if args.json:
+        print(json.dumps(rows | {"parameters": parts, "generation": generation, "versions": versions()}))
+        return
     rows |= {name: f"{count:,} parameters" for name, count in {**parts, "total": sum(parts.values())}.items()}
     for name, value in (rows | generation).items():
         print(f"{name:<14}{value}")
@@ -161,47 +178,29 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def account(args: argparse.Namespace) -> None:
-    """Parameters and MACs of a model's UNet, from its configuration alone: nothing is computed, no weights are read."""
-    from .accounting import BUILDS, by_kind, drawn_in, ledger, opened, run_cost, table, total, tree, unet_blocks
+    """Parameters and MACs of a UNet in one forward, as torch counts them on tensors without data: no weights are read.
+    The closed formulas, a whole run and its memory are in tools/cost/account.py."""
+    from .accounting import ETC, count
     from .folder import resolve_configs
 
-    configs, generation = resolve_configs(args.model, args.offline)
+    grid = args.model == "etc"
+    configs, generation = ETC if grid else resolve_configs(args.model, args.offline)
     config, factor = configs["unet"], configs["vae"].factor
-    vcut = config.vcut if args.vcut is None else VCUT[args.vcut]
+    config = config if args.vcut is None else replace(config, vcut=VCUT[args.vcut])
     frames = check("num_frames", generation.num_frames if args.frames is None else args.frames)
-    steps = check("steps", generation.steps if args.steps is None else args.steps)
     width, height = check("size", args.size or generation.size)
-    pixels = config.stride * factor
-    if width % pixels or height % pixels:
+    if width % (pixels := config.stride * factor) or height % pixels:
         raise ValueError(f"size is {width}x{height}; need multiples of {pixels} pixels")
-    latent, build = (width // factor, height // factor), BUILDS[vcut]
-
-    run = run_cost(config, frames, latent, steps, args.cut_step, build)
-    branches = 2 if run.guided else 1
-    blocks = list(unet_blocks(config, frames, latent, branches, build))
-    sites = [site for block in blocks for site in block.sites]
-    needs, configs["unet"] = {}, replace(config, vcut=vcut)
-    if args.memory:
-        from .memory import ECONOMIES, peaks
-
-        chosen, bytes_each = replace(generation, num_frames=frames, size=(width, height)), DTYPES[args.memory]
-        counted = peaks(configs, chosen, bytes_each, branches)
-        needs = {economy.name: need for economy, need in zip(ECONOMIES, counted, strict=True)}
+    rows = count(config, frames, (width // factor, height // factor), args.branches, grid)
+    layer = r"(\.\w+\.\d+)?" if args.tree else ""
+    shown = [row for row in rows if re.fullmatch(rf"\w*(?<!_blocks)|\w+_blocks\.\d+{layer}|mid_block{layer}", row.name)]
     if args.json:
-        asked = {"model": args.model, "vcut": vcut, "frames": frames, "size": (width, height), "steps": steps}
-        asked |= {"cut_step": args.cut_step, "branches": branches, "memory": needs}
-        kinds = {kind: asdict(cost) for kind, cost in by_kind(sites).items()}
-        drawn = {"blocks": [asdict(block) for block in blocks]} if args.tree else {}
-        print(json.dumps({**asked, "kinds": kinds, "total": asdict(total(sites)), **drawn, "run": asdict(run)}))
+        asked = {"model": args.model, "frames": frames, "size": (width, height), "branches": args.branches}
+        print(json.dumps({**asked, "total": rows[0]._asdict(), "modules": [row._asdict() for row in shown]}))
         return
-    step = f"one {'guided' if run.guided else 'single'} step, {branches} x {frames} frames of {width}x{height}"
-    parts = [table(sites)]
-    if args.tree:
-        first = {block.name.split(".")[-2]: block for block in reversed(blocks) if "." in block.name}
-        parts = [tree(blocks), opened(first["resnets"]), opened(first["attentions"])]
-    parts += ["\n".join(f"{need / 1e9:7.1f} GB on the device, {name}" for name, need in needs.items())] if needs else []
-    text = "\n\n".join([f"UNet of {args.model}, vcut={vcut!r}: {step}", *parts, ledger(run)])
-    print(drawn_in(text, sys.stdout.encoding or "utf-8"))
+    print(f"UNet of {args.model}: {args.branches} x {frames} frames of {width}x{height}; G = 10^9 MACs of one forward")
+    for name, parameters, macs in [*shown[1:], shown[0]]:
+        print(f"{name or 'total':<29}{parameters:>15,}{macs / 1e9:>12,.2f} G")
 
 
 # --- what all need -----------------------------------------------------------------------------------------------
@@ -312,6 +311,11 @@ def parser() -> Parser:
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
     add("image", nargs="*", type=Path, metavar="IMAGE", help=images)
+    add(
+        "--text",
+        metavar="T",
+        help="what the video is to show, instead of an image; --model is then tiny-etc or a folder",
+    )
     add("--manifest", type=Path, metavar="M", help="a .jsonl or .csv file, a row a video: image, name, any setting")
     out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
 or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
@@ -352,15 +356,13 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
 
     command = new(account, [], "count parameters and multiply-accumulates of a UNet, without its weights")
     add = command.add_argument
-    names = "svd (default), svd-xt, svd-xt-1-1, tiny, a folder, a .safetensors file, or a hub id"
+    names = "svd (default), svd-xt, svd-xt-1-1, tiny, etc, a folder, a .safetensors file, or a hub id"
     add("--model", default="svd", metavar="M", help=names)
     add("--offline", action="store_true", help="use only what was downloaded before")
     add("--vcut", choices=VCUT, help="the UNet's build (default: the folder's, else off)")
     add("--frames", type=int, metavar="N", help="frames (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
-    add("--cut-step", type=int, metavar="C", help=cut_step)
-    add("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
-    add("--memory", choices=DTYPES, help="count the peak on the device too, from full speed to --low-memory")
-    add("--tree", action="store_true", help="draw the U as it runs, block by block")
+    add("--branches", type=int, choices=(1, 2), default=2, help="2, of a guided step (default), or 1")
+    add("--tree", action="store_true", help="block by block")
     add("--json", action="store_true", help="print one JSON object")
     return top

@@ -113,11 +113,6 @@ def check_widths(widths: tuple[int, ...]) -> None:
         raise ValueError(f"block_out_channels is {shown(widths)}; need {need}")
 
 
-def check_vcut(vcut: object) -> None:
-    if not isinstance(vcut, bool) and vcut != "lossless":
-        raise ValueError(f"vcut is {vcut!r}; need False, True or 'lossless'")
-
-
 @dataclass(frozen=True)
 class UNetConfig:
     """The spatio-temporal UNet. The defaults give the released 1,524,623,082 parameters.
@@ -145,7 +140,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         check_widths(self.block_out_channels)
-        check_vcut(self.vcut)
+        if not isinstance(self.vcut, bool) and self.vcut != "lossless":
+            raise ValueError(f"vcut is {self.vcut!r}; need False, True or 'lossless'")
         levels = len(self.block_out_channels)
         for name in ("attention", "num_attention_heads"):
             if len(getattr(self, name)) != levels:

@@ -5,7 +5,7 @@ nothing; any other is an error that names it, because what it changes could not 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -33,11 +33,6 @@ IGNORED = {  # fields that change nothing here: training, bookkeeping, a default
 
 def pickle_refusal(path: str | Path) -> str:
     return f"{path} is a pickle, which can run any code when it is opened: convert it to .safetensors first"
-
-
-def list_folder(folder: Path) -> list[str]:
-    """The files in a folder and in its subfolders, by their path inside it."""
-    return sorted(p.relative_to(folder).as_posix() for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
 
 
 def choose(names: Sequence[str], parts: Sequence[str], variant: str | None, where: str) -> dict[str, str]:
@@ -72,15 +67,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(part: str, folder: Path, name: str | None = None) -> Any:
     """The config of a part of a folder, or its file `name`. Raises ValueError naming the first field that these modules
     cannot have."""
-    path = folder / (name or CONFIG_FILES[part])
+    parsers: dict[str, Callable[[dict[str, Any]], Any]] = {"unet": unet_config, "vae": vae_config}
+    parsers["clip"] = lambda stated: clip_config(stated, folder / PREPROCESSOR_FILE)
+    return parsed(folder / (name or CONFIG_FILES[part]), parsers[part])
+
+
+def parsed(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """parse(what the file states), whose errors name the file."""
     stated = read_json(path)
     try:
-        if part == "unet":
-            return unet_config(stated)
-        return vae_config(stated) if part == "vae" else clip_config(stated, folder / PREPROCESSOR_FILE)
+        return parse(stated)
     except KeyError as error:
         raise ValueError(f"{path} lacks the field {error.args[0]}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

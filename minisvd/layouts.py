@@ -29,6 +29,10 @@ CLIP_FOLDER_GATHER: list[Gather] = [
     (r"visual\.proj", ("visual_projection.weight",), lambda w: rearrange(w, "o i -> i o")),
 ]
 CLIP_FOLDER_RENAME: list[Rename] = [
+    (r"text\.transformer\.resblocks", "text_model.encoder.layers"),
+    (r"text\.token_embedding", "text_model.embeddings.token_embedding"),
+    (r"text\.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"text\.ln_final", "text_model.final_layer_norm"),
     (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
     (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     (r"visual\.conv1", "vision_model.embeddings.patch_embedding"),
@@ -57,7 +61,7 @@ OWNED = {  # the single file holds all three parts, each under names of its own
     "clip": r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
 }
 DROPPED = {  # what no part needs: an index buffer; the halves of two VAEs that are never run, CLIP's text half
-    FOLDER: r"vision_model\.embeddings\.position_ids$",
+    FOLDER: r"(text|vision)_model\.embeddings\.position_ids$",
     SINGLE_FILE: r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
     r"conditioner\.embedders\.0\.open_clip\.model\."
     r"(ln_final\.(weight|bias)|logit_scale|positional_embedding|text_projection|token_embedding\.weight)$",

@@ -13,7 +13,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from .attention import Attention
 from .checkpoint import load_unet
+from .etc import SpatialUNet
+from .text import load_sd
 from .triviality import Redraw, Report, html, largest, linear_map, measured, ratio
 
 QUERY = re.compile(r"(to_|lin_|proj_|w_?)?(q|query)(_proj|_lin|_linear)?|in_proj_weight|q_proj_weight", re.IGNORECASE)
@@ -190,6 +192,10 @@ def exact(x: Tensor) -> Tensor:
 
 def small_inputs(model: nn.Module, keys: int) -> dict[str, Any]:
     """Noise of the smallest size for a UNet of ours or of diffusers, by its config, with `keys` keys."""
+    if isinstance(model, SpatialUNet):
+        c, width, side = model.config.in_channels, model.config.cross_attention_dim, 2 * model.config.stride
+        video, text = (Redraw()(torch.ones(shape)) for shape in ((1, 4, c, side, side), (1, keys, width)))
+        return {"video": video, "timestep": torch.tensor(500), "text": text, "fps": torch.tensor(8)}
     config, takes = getattr(model, "config", None), signature(model.forward).parameters
     context = next((name for name in ("image_embeds", "encoder_hidden_states") if name in takes), None)
     if "sample" not in takes or context is None or config is None:
@@ -215,8 +221,8 @@ def small_inputs(model: nn.Module, keys: int) -> dict[str, Any]:
 
 
 def load_any(source: str, **options: Any) -> tuple[Any, int]:
-    """A UNet, and how many keys it hears: ours by `load_unet`, with its options; that of a folder of another
-    architecture by diffusers, which is imported only then, with as many keys as the folder's text encoder gives, or 1.
+    """A UNet, and how many keys it hears: ours by `load_unet`, with its options, or by `load_sd`; that of a folder of
+    another architecture by diffusers, imported only then, with as many keys as the folder's text encoder gives, or 1.
     Raises ValueError where diffusers is missing or has no such class, and what `load_unet` raises."""
     folder = Path(source).expanduser()
     inside = folder / "unet" if (folder / "unet/config.json").is_file() else folder
@@ -225,6 +231,9 @@ def load_any(source: str, **options: Any) -> tuple[Any, int]:
     kind = "".join(re.findall(r'"_class_name": *"(\w+)"', text)[:1]) or OURS  # what is no JSON, load_unet refuses
     if kind == OURS:
         return load_unet(source, **options), 1
+    with suppress(ValueError, FileNotFoundError):  # ours as well, if it is of Stable Diffusion 2.1's kind
+        unet, encoder = load_sd(folder)
+        return unet, encoder.config.max_position_embeddings
     try:
         import diffusers
 

@@ -34,7 +34,7 @@ Conditions = Sequence[list[tuple[Tensor, ...]]]  # of each block in turn: what i
 
 
 class ResnetBlock2D(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w].
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w], emb [...,c_e].
 
     The norms' eps is 1e-5, as trained. diffusers runs 18 of the 22 residual blocks at 1e-6.
     """
@@ -48,7 +48,8 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + repeat(self.time_emb_proj(emb), "b c -> (b r) c 1 1", r=x.shape[0] // emb.shape[0])
+        shift = self.time_emb_proj(emb.flatten(0, -2))
+        h = h + repeat(shift, "b c -> (b r) c 1 1", r=x.shape[0] // shift.shape[0])
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
@@ -77,7 +78,7 @@ class SpatioTemporalResBlock(nn.Module):
         self.time_mixer = AlphaBlender(0.5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        space = rearrange(self.spatial_res_block(x, emb.flatten(0, 1)), "(b t) c h w -> b c t h w", b=emb.shape[0])
+        space = rearrange(self.spatial_res_block(x, emb), "(b t) c h w -> b c t h w", b=emb.shape[0])
         return rearrange(self.time_mixer(space, self.temporal_res_block(space, emb)), "b c t h w -> (b t) c h w")
 
 
@@ -98,26 +99,26 @@ class NoTransformer(nn.Identity):
         return x
 
 
-TRANSFORMER = {True: SpatioTemporalTransformer, False: NoTransformer}  # by the level's entry in config.attention
+LAYERS: tuple[Any, Any] = SpatioTemporalResBlock, SpatioTemporalTransformer  # of this U; etc.py has one of others
 
 
-def transformers(config: UNetConfig, level: int, depth: int) -> nn.ModuleList:
+def transformers(config: UNetConfig, level: int, depth: int, transformer: Any) -> nn.ModuleList:
     """What follows each of a level's `depth` residual blocks."""
     sizes = config.block_out_channels[level], config.num_attention_heads[level], config.cross_attention_dim
-    transformer = TRANSFORMER[config.attention[level]]
-    return nn.ModuleList(transformer(*sizes, config.vcut) for _ in range(depth))
+    kind = (NoTransformer, transformer)[config.attention[level]]
+    return nn.ModuleList(kind(*sizes, config.vcut) for _ in range(depth))
 
 
 class DownBlock(nn.Module):
     """A level on the way down: (residual block, transformer) twice, then half the grid."""
 
-    def __init__(self, config: UNetConfig, level: int) -> None:
+    def __init__(self, config: UNetConfig, level: int, layers: tuple[Any, Any] = LAYERS) -> None:
         super().__init__()
         widths, depth = config.block_out_channels, config.layers_per_block
         c, above = widths[level], (widths[0], *widths)[level]
         widths_in = [above] + [c] * (depth - 1)
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, 4 * widths[0]) for c_in in widths_in)
-        self.attentions = transformers(config, level, depth)
+        self.resnets = nn.ModuleList(layers[0](c_in, c, 4 * widths[0]) for c_in in widths_in)
+        self.attentions = transformers(config, level, depth, layers[1])
         self.downsamplers = nn.ModuleList([nn.Sequential(OrderedDict(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))])
 
     def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> tuple[Tensor, list[Tensor]]:
@@ -134,12 +135,12 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottom of the U: residual block, transformer, residual block."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, layers: tuple[Any, Any] = LAYERS) -> None:
         super().__init__()
         c, c_emb = config.block_out_channels[-1], 4 * config.block_out_channels[0]
         sizes = c, config.num_attention_heads[-1], config.cross_attention_dim
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c, c, c_emb) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatioTemporalTransformer(*sizes, config.vcut)])
+        self.resnets = nn.ModuleList(layers[0](c, c, c_emb) for _ in range(2))
+        self.attentions = nn.ModuleList([layers[1](*sizes, config.vcut)])
 
     def forward(self, x: Tensor, emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, emb), conditions[0], emb.shape[0])
@@ -150,13 +151,13 @@ class UpBlock(nn.Module):
     """A level on the way up: (take a skip, residual block, transformer) three times, then twice the grid.
     The last skip is what entered the level on the way down."""
 
-    def __init__(self, config: UNetConfig, level: int) -> None:
+    def __init__(self, config: UNetConfig, level: int, layers: tuple[Any, Any] = LAYERS) -> None:
         super().__init__()
         widths, depth = config.block_out_channels, config.layers_per_block + 1
         c, above, below = widths[level], (widths[0], *widths)[level], (*widths, widths[-1])[level + 1]
         widths_in = [below + c] + [c + c] * (depth - 2) + [c + above]
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(c_in, c, 4 * widths[0]) for c_in in widths_in)
-        self.attentions = transformers(config, level, depth)
+        self.resnets = nn.ModuleList(layers[0](c_in, c, 4 * widths[0]) for c_in in widths_in)
+        self.attentions = transformers(config, level, depth, layers[1])
         self.upsamplers = nn.ModuleList([Upsample(c)])
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, conditions: list[tuple[Tensor, ...]]) -> Tensor:
@@ -186,7 +187,7 @@ class SpatioTemporalUNet(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: UNetConfig, vcut: Vcut | None = None) -> None:
+    def __init__(self, config: UNetConfig, vcut: Vcut | None = None, layers: tuple[Any, Any] = LAYERS) -> None:
         super().__init__()
         self.config = config = (vcut is not None and replace(config, vcut=vcut)) or config
         widths = config.block_out_channels
@@ -195,10 +196,10 @@ class SpatioTemporalUNet(nn.Module):
         self.add_embedding = TimestepEmbedding(c_ids, c_emb, c_emb)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         levels = range(len(widths))
-        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level, layers) for level in levels)
         self.down_blocks[-1].downsamplers = nn.ModuleList()  # the innermost level is not halved,
-        self.mid_block = MidBlock(config)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.mid_block = MidBlock(config, layers)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level, layers) for level in reversed(levels))
         self.up_blocks[-1].upsamplers = nn.ModuleList()  # and the outermost not doubled
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)

@@ -13,6 +13,7 @@ little memory: spatial layers see frames one by one anyway, temporal ones places
 Source: arXiv 2311.15127, appendix D; arXiv 2304.08818 (temporal decoder).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Literal, get_args
@@ -89,7 +90,7 @@ class VideoResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head of self-attention over the grid's tokens, with its norm and residual."""
+    """One head of self-attention over a frame's tokens, with its norm and residual."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -97,21 +98,19 @@ class SpatialAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
-    def forward(self, x: Tensor) -> Tensor:  # [b,c,h,w]
-        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+    def forward(self, x: Tensor) -> Tensor:  # [b,c,h,w], or [b,t,c,h,w]
+        tokens = rearrange(self.group_norm(x.flatten(0, -4)), "b c h w -> b 1 (h w) c")
         out = self.to_out(F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
-        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[-2]).view_as(x)
 
 
-class AsymmetricDownsample(nn.Module):
+class AsymmetricDownsample(nn.Sequential):
     """Halve the grid by a strided convolution that looks right and down: one row and column of zeros there."""
 
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+    conv: nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def __init__(self, c: int) -> None:
+        super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
 class DownEncoderBlock(nn.Module):
@@ -144,28 +143,16 @@ class UpBlockTemporalDecoder(nn.Module):
         return x
 
 
-class MidBlockEncoder(nn.Module):
-    """Residual block, attention, residual block, at the innermost level of the encoder."""
+class InnermostBlock(nn.Module):
+    """Residual block, attention within each frame, residual block: of images [b,c,h,w], or videos [b,t,c,h,w]."""
 
-    def __init__(self, c: int) -> None:
+    def __init__(self, c: int, block: type[ResnetBlock] | type[VideoResBlock]) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c, c), ResnetBlock(c, c)])
+        self.resnets = nn.ModuleList([block(c, c), block(c, c)])
         self.attentions = nn.ModuleList([SpatialAttention(c)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-class MidBlockTemporalDecoder(nn.Module):
-    """The decoder's: its residual blocks are spatio-temporal, its attention is within a frame."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList([VideoResBlock(c, c), VideoResBlock(c, c)])
-        self.attentions = nn.ModuleList([SpatialAttention(c)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](framewise(self.attentions[0], self.resnets[0](x)))
 
 
 class Encoder(nn.Module):
@@ -177,7 +164,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         pairs, last = pairwise((widths[0], *widths)), len(widths) - 1
         self.down_blocks = nn.ModuleList(DownEncoderBlock(*ab, i == last) for i, ab in enumerate(pairs))
-        self.mid_block = MidBlockEncoder(widths[-1])
+        self.mid_block = InnermostBlock(widths[-1], ResnetBlock)
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[-1], SPATIAL_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -195,7 +182,7 @@ class TemporalDecoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlockTemporalDecoder(widths[0])
+        self.mid_block = InnermostBlock(widths[0], VideoResBlock)
         pairs, last = pairwise((widths[0], *widths)), len(widths) - 1
         self.up_blocks = nn.ModuleList(UpBlockTemporalDecoder(*ab, i == last) for i, ab in enumerate(pairs))
         self.conv_norm_out = nn.GroupNorm(NUM_GROUPS, widths[-1], SPATIAL_EPS)

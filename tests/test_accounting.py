@@ -1,4 +1,4 @@
-"""Theorem: the closed formulas of accounting.py are the network, module by module, to the last parameter and MAC.
+"""Theorem: the closed formulas of tools/cost/accounting.py are the network, module by module, to the last MAC.
 
 What they are compared with is torch's FlopCounterMode on tensors that have a shape and no data: no weights, no compute.
 """
@@ -25,7 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint_files import published
 from conftest import UNET
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, guided_denoiser, sample_euler
-from minisvd.accounting import (
+from minisvd.attention import CachedCondLinear
+from minisvd.config import Vcut
+from minisvd.layouts import SINGLE_FILE
+from tools.cost import tables
+from tools.cost.account import main
+from tools.cost.accounting import (
     BUILDS,
     KINDS,
     PUBLISHED,
@@ -38,13 +43,9 @@ from minisvd.accounting import (
     tree,
     unet_blocks,
 )  # fmt: skip
-from minisvd.accounting import unet_cost as cost
-from minisvd.attention import CachedCondLinear
-from minisvd.cli import main
-from minisvd.config import Vcut
-from minisvd.layouts import SINGLE_FILE
-from tools.cost import tables
+from tools.cost.accounting import unet_cost as cost
 
+ROOT = Path(__file__).parent.parent
 RELEASED, NATIVE = UNetConfig(), (128, 72)
 SMALL = UNetConfig(8, 4, (32, 64, 64), (True, True, False), (2, 4, 4), 2, 48, 16)
 OTHER = UNetConfig(6, 3, (96, 32), (False, True), (3, 1), 1, 20, 6)
@@ -320,7 +321,7 @@ def test_the_tree_adds_up_and_its_skips_meet(vcut):
 
 
 def account(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert main(["account", *argv]) == 0
+    assert main([*argv]) == 0
     return capsys.readouterr().out
 
 
@@ -382,13 +383,13 @@ def test_account_of_a_single_file_reads_its_header_alone(capsys, tmp_path):
     assert report.pop("model") != expected.pop("model")
     assert report == expected
     name = "model.diffusion_model.out.2.weight"
-    assert main(["account", "--model", str(header_of_a_release(tmp_path / "less.safetensors", name))]) == 2
+    assert main(["--model", str(header_of_a_release(tmp_path / "less.safetensors", name))]) == 2
     assert f"less.safetensors lacks {name}" in capsys.readouterr().err
 
 
 def test_account_imports_no_torch():
-    code = "import sys\nfrom minisvd.cli import main\nmain(['account', '--tree'])\nprint('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    code = "import sys\nfrom tools.cost.account import main\nmain(['--tree'])\nprint('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert out.splitlines()[-1] == "False"
 
 
@@ -408,7 +409,7 @@ def test_account_imports_no_torch():
     ],
 )
 def test_account_refuses_in_one_sentence(capsys, argv, sentence):
-    assert main(["account", *argv]) == 2
+    assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"minisvd: error: {sentence}")

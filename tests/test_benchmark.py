@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from minisvd.accounting import unet_cost
 from tools.cost import benchmark
+from tools.cost.accounting import unet_cost
 from tools.cost.benchmark import CONFIGS, PARTS, beside_the_first, main, matmul_rate, measured_peak, ratio, rounds
 
 TINY = {"config": "tiny", "size": "64x64", "frames": 2, "repeats": 1}

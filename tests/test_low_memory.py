@@ -18,6 +18,7 @@ from minisvd.attention import GEGLU
 from minisvd.cli import main
 from minisvd.memory import ECONOMIES, MARGIN, fitting, peaks, sliced
 from minisvd.pipeline import RowByRow, visit
+from tools.cost.account import main as account
 from tools.cost.memory import peak_of
 from tools.cost.memory import peaks as counted
 
@@ -175,12 +176,12 @@ def test_the_gentlest_economy_that_fits_is_chosen() -> None:
 def test_the_command_line_foretells_chooses_and_says_so(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`account --memory` has the bytes of each economy; `generate` takes the one that fits, or what it is told to."""
+    """The account has the bytes of each economy; `generate` takes the one that fits, or what it is told to."""
     size = ("--model", str(tiny_folder), "--frames", "3", "--size", "64x64", "--steps", "1")
-    assert main(["account", *size, "--memory", "float32", "--json"]) == 0
+    assert account([*size, "--memory", "float32", "--json"]) == 0
     needs = json.loads(capsys.readouterr().out)["memory"]
     assert list(needs) == [economy.name for economy in ECONOMIES]
-    assert main(["account", *size, "--memory", "float32"]) == 0
+    assert account([*size, "--memory", "float32"]) == 0
     assert f"GB on the device, {ECONOMIES[-1].name}" in capsys.readouterr().out
     full, *_, least = needs.values()
 

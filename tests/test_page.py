@@ -18,12 +18,12 @@ from torch import Tensor
 
 from conftest import CLIP, UNET_CONFIG, VAE, randomised
 from minisvd import AutoencoderKLTemporalDecoder, ImageEncoder, SpatioTemporalUNet, UNetConfig
-from minisvd.accounting import BUILDS, run_cost, unet_blocks
 from minisvd.attention import Attention
 from minisvd.config import ClipConfig, GenerationConfig, VAEConfig
 from minisvd.folder import resolve_configs
 from minisvd.save import save_folder
 from minisvd.triviality import linear_map
+from tools.cost.accounting import BUILDS, run_cost, unet_blocks
 from tools.teach import browse, explain
 
 ROOT = Path(__file__).parent.parent

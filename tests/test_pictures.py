@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minisvd import PRESETS, UNetConfig, load_unet
-from minisvd.accounting import BUILDS, unet_blocks, unet_cost
+from tools.cost.accounting import BUILDS, unet_blocks, unet_cost
 from tools.teach import pictures
 from tools.teach.maps import attended, attentions, watched, weights
 

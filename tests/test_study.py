@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisvd.accounting import BUILDS, run_cost, unet_cost
 from minisvd.clip import ImageEncoder
 from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.sampler import GuidanceSchedule, edm_sigmas, guided_denoiser, sample_euler
 from minisvd.save import save_folder
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder
+from tools.cost.accounting import BUILDS, run_cost, unet_cost
 from tools.output import plotting
 from tools.study import figures, summary
 from tools.study import report as study_report

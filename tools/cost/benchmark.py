@@ -56,11 +56,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import minisvd.diffusers
 from minisvd import ClipConfig, GenerationConfig, ImageEncoder, StableVideoDiffusion
-from minisvd.accounting import unet_cost
 from minisvd.adapt import fold
 from minisvd.config import UNetConfig, VAEConfig
 from minisvd.unet import SpatioTemporalUNet
 from minisvd.vae import AutoencoderKLTemporalDecoder, Hold
+from tools.cost.accounting import unet_cost
 from tools.cost.memory import LiveBytes, fused
 from tools.cost.resident import resident
 from tools.measure.metrics import bootstrap_interval

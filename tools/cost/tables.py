@@ -14,8 +14,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from minisvd.accounting import BUILDS, PUBLISHED, Build, unet_cost
 from minisvd.config import PRESETS, UNetConfig
+from tools.cost.accounting import BUILDS, PUBLISHED, Build, unet_cost
 from tools.output import table
 
 STEPS, SIZE, CUTS = 25, (128, 72), (None, 17, 20)  # SIZE is (w, h) in latent cells; None guides every step

@@ -1,4 +1,4 @@
-"""The U of a network as a picture: what `minisvd account --tree` draws, as an SVG that any browser shows.
+"""The U of a network as a picture: what `tools.cost.account --tree` draws, as an SVG that any browser shows.
 
 python -m tools.cost.tree                       writes tools/results/tree.svg, the released network's
 """
@@ -7,8 +7,8 @@ import argparse
 from html import escape
 from pathlib import Path
 
-from minisvd.accounting import tree, unet_blocks
 from minisvd.config import PRESETS, UNetConfig, VAEConfig
+from tools.cost.accounting import tree, unet_blocks
 from tools.output import atomic
 
 LINE, ADVANCE, MARGIN = 17, 7.83, 14  # pixels: from line to line, from letter to letter, around it all

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisvd.accounting import BUILDS, unet_cost
 from minisvd.config import Size, UNetConfig, Vcut
 from minisvd.sampler import GuidanceSchedule, Stage2, ays_sigmas, edm_sigmas
+from tools.cost.accounting import BUILDS, unet_cost
 from tools.study.deepcache import EVERY, reused_macs
 
 Scales = tuple[float, float]  # guidance of the first and of the last frame

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from minisvd.accounting import Build, unet_blocks
 from minisvd.config import Size, UNetConfig
 from minisvd.unet import Conditions, SpatioTemporalUNet
+from tools.cost.accounting import Build, unet_blocks
 
 EVERY = 2  # steps; the first of them is whole
 Layer = tuple[str, ...]  # the names of its modules, in running order

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 import minisvd
-from minisvd.accounting import BUILDS, PUBLISHED, Block, by_kind, ledger, run_cost, unet_blocks, unet_cost
 from minisvd.attention import Attention
 from minisvd.config import PRESETS, UNetConfig, VAEConfig, Vcut
 from minisvd.pipeline import StableVideoDiffusion
 from minisvd.sampler import SIGMAS
+from tools.cost.accounting import BUILDS, PUBLISHED, Block, by_kind, ledger, run_cost, unet_blocks, unet_cost
 from tools.output import atomic
 from tools.teach.look import strip
 from tools.teach.maps import Seen, attentions, watched, weights

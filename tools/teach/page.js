@@ -60,7 +60,7 @@ function apart(a, b) {
   return off / size;
 }
 
-// minisvd.accounting.run_cost, of costs of single forwards
+// tools.cost.accounting.run_cost, of costs of single forwards
 function ledger(costs, steps, c, build) {
   const guided = Math.min(c - 1, steps), single = steps - guided, {two, one} = costs.builds[build];
   const full = steps * costs.full, shared = steps * costs.shared, built = steps * two.macs + two.once;

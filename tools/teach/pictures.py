@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from minisvd import load
-from minisvd.accounting import BUILDS, Block, by_kind, run_cost, total, unet_blocks, unet_cost
 from minisvd.config import GenerationConfig, UNetConfig, Vcut
 from minisvd.folder import resolve_configs
 from minisvd.images import load_image
 from minisvd.sampler import SHARE, edm_sigmas, preconditioning
+from tools.cost.accounting import BUILDS, Block, by_kind, run_cost, total, unet_blocks, unet_cost
 from tools.output import atomic
 from tools.teach.maps import watched, weights
 

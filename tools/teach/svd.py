@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import minisvd
-from minisvd.accounting import run_cost, unet_blocks
 from minisvd.attention import AlphaBlender
 from minisvd.images import load_image
+from tools.cost.accounting import run_cost, unet_blocks
 from tools.teach.look import beside, grey, heat, strip
 from tools.teach.maps import attended, attentions, watched, weights
 
@@ -125,7 +125,7 @@ for block in blocks:
 with torch.no_grad(), watched(unet) as seen:
     F = unet(*given)
 for block in blocks:
-    if len(block.leaves) == 3:  # the formulas of `minisvd account` know every shape
+    if len(block.leaves) == 3:  # the formulas of tools/cost know every shape
         assert outputs[block.name].shape == (T, *block.leaves), block.name
     print(f"{block.name:<28}{list(outputs[block.name].shape)}")
 

@@ -1,0 +1,287 @@
+"""What of ETC's claims holds at a tiny scale: arms that differ in one thing, the same clips, noise and steps for all.
+
+    python -m tools.etc.experiment                  all arms; stop it at will, the same command goes on
+    python -m tools.etc.experiment --arms A B B0    some of them; the report is of what is there
+
+First, for each seed, a network learns captioned images: the paper's claim is about fine-tuning one. Then each arm:
+
+    A   the grid                                     E   A without the mixed embedding
+    B   temporal layers, at random at first          F   A on few clips of half the pairs, and triple data
+    B0  temporal layers, identities at first         A1  those few clips alone, for as many steps
+    C   A from nothing                               G   A with attention masked to frames
+    D   B from nothing                               H   frames alone, the floor
+
+Beside them: the paper's filter on a pool of which 30 % are miscaptioned, and attention from frame to frame.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import minisvd
+from minisvd.etc import SpatialUNet, to_grid
+from tools.etc.clips import PAIRS, RATES, Pool, clip, draw, make_pool
+from tools.etc.model import (
+    FrameByFrame,
+    Network,
+    config_for,
+    ids_of,
+    load_text,
+    load_vae,
+    masked_to_frames,
+    new_image_network,
+    v_loss,
+    with_time,
+)
+from tools.etc.train import IMAGES, batch_of, drawn_loss, measure, scaled, train_images
+from tools.output import as_image, plotting, save_png, table, write_json
+from tools.tiny import scenes
+from tools.tiny.captions import tokens
+from tools.tiny.evaluate import load_pair
+from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
+
+BASE = replace(IMAGES, name="base", steps=3500)
+ARM = Stage("arm", steps=1600, batch=16, lr=1e-3, report=50)
+SEEN = PAIRS[::2]  # of the 32 pairs of colour and shape, those that the clips of F and A1 show
+POOLS = {"clips": 3000, "few": 300, "labels": 400, "stills": 400}
+LEVELS = (50, 250, 500, 750, 950)
+WRONG = 0.3  # of the filter's pool
+HELD_OUT = 4_000_037
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`build` makes the network of the base; `shares` of each pool; `unseen`: measured on pairs that no clip shows."""
+
+    name: str
+    asks: str
+    build: Callable[[SpatialUNet], Network]
+    shares: dict[str, float]
+    seeds: int = 1
+    unseen: bool = False
+
+
+def rebased(kind: type[SpatialUNet], mixed: bool = True) -> Callable[[SpatialUNet], SpatialUNet]:
+    """The base's weights in a network of this kind."""
+
+    def build(base: SpatialUNet) -> SpatialUNet:
+        unet = kind(base.config, mixed)
+        unet.load_state_dict(base.state_dict())
+        return unet
+
+    return build
+
+
+CLIPS = {"clips": 1.0}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("A", "the grid", rebased(SpatialUNet), CLIPS, 3),
+        Arm("B", "temporal layers, random", lambda base: with_time(base, identity=False), CLIPS, 3),
+        Arm("B0", "temporal layers, identities", lambda base: with_time(base, identity=True), CLIPS, 3),
+        Arm("C", "A from nothing", lambda base: new_image_network(base.config), CLIPS),
+        Arm("D", "B from nothing", lambda base: with_time(new_image_network(base.config), identity=False), CLIPS),
+        Arm("E", "A without mixed embedding", rebased(SpatialUNet, mixed=False), CLIPS),
+        Arm(
+            "F",
+            "few clips and triple data",
+            rebased(SpatialUNet),
+            {"few": 0.5, "labels": 0.25, "stills": 0.25},
+            1,
+            True,
+        ),
+        Arm("A1", "few clips alone", rebased(SpatialUNet), {"few": 1.0}, 1, True),
+        Arm("G", "attention within frames", lambda base: masked_to_frames(rebased(SpatialUNet)(base)), CLIPS),
+        Arm("H", "frames alone", rebased(FrameByFrame), CLIPS),
+    )
+}
+
+
+def held_out_loss(unet: Network, pool: Pool, text: nn.Module) -> float:
+    """The mean v-loss at LEVELS on the pool's clips, with noise that is the same for every arm and step."""
+    generator, losses = torch.Generator().manual_seed(HELD_OUT), []
+    clips, keys = pool.clips.float(), text(pool.ids)
+    for level in LEVELS:
+        noise = torch.randn(clips.shape, generator=generator)
+        with torch.no_grad():
+            losses.append(v_loss(unet, clips, torch.full((len(clips),), level), noise, keys, pool.fps).mean().item())
+    return float(np.mean(losses))
+
+
+def train_arm(
+    arm: Arm, seed: int, base: SpatialUNet, stage: Stage, work: Path, pools: dict[str, Pool], text: nn.Module
+):
+    """The arm's network, and its held-out losses by step, which are read from its log."""
+    (folder := work / f"{arm.name}-{seed}").mkdir(parents=True, exist_ok=True)
+    run, empty = Run(folder, (stage,), torch.device("cpu"), seed), text(ids_of([""]))
+
+    def loss(unet: Network, rng: np.random.Generator, b: int) -> Tensor:
+        clips, ids, fps = batch_of(pools, rng, b, arm.shares)
+        return drawn_loss(unet, clips.float(), text(ids), empty, fps)
+
+    def report(unet: Network) -> str:
+        return f"held-out {held_out_loss(unet, pools['held'], text):.6f}"
+
+    torch.manual_seed(seed)
+    unet = fit(run, stage, lambda: arm.build(base), loss, report, muon_and_adamw)
+    lines = (folder / "train.log").read_text()
+    curve = {int(step): float(value) for step, value in re.findall(r"step (\d+), .* held-out ([\d.]+)", lines)}
+    return unet, curve
+
+
+# --- beside the arms ------------------------------------------------------------------------------------------------
+
+
+def filter_auc(base: Path, count: int) -> float:
+    """How well Eq. 5, the mean over frames of 14.286 cos(image, caption) of the tiny model's encoders, tells clips with
+    their own captions from those with another's: the chance that it gives a right one more. 0.5 is none."""
+    rng = np.random.default_rng(HELD_OUT)
+    drawn = [draw(rng) for _ in range(count)]
+    said, wrong = [scenes.caption(scene) for scene in drawn], rng.random(count) < WRONG
+    shuffled = [said[(i + 1) % count] if wrong[i] else said[i] for i in range(count)]
+    pair, scores = load_pair(minisvd.load(base), base), []
+    with torch.no_grad():
+        for i, scene in enumerate(drawn):
+            frames = torch.from_numpy(scenes.to_unit(clip(scene, RATES[i % len(RATES)])))
+            image, caption = pair(frames, tokens([shuffled[i]]))
+            scores.append(14.286 * (image @ caption.T).mean().item())
+    kept, out = np.array(scores)[~wrong], np.array(scores)[wrong]
+    return float((kept[:, None] > out).mean()) if len(out) and len(kept) else float("nan")
+
+
+@torch.no_grad()
+def frame_to_frame(unet: SpatialUNet, pool: Pool, text: nn.Module) -> np.ndarray:
+    """Fig. 11: [t,t], what share of the attention of one frame's tokens goes to each frame, in the middle of the U, the
+    mean over heads, tokens and clips at half the noise levels."""
+    seen: list[Tensor] = []
+    attention: Any = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    hook = attention.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    clips = pool.clips.float()
+    unet(clips + 1.6 * torch.randn(clips.shape), torch.tensor(500), text(pool.ids), pool.fps)
+    hook.remove()
+    x, n = seen[0], attention.num_heads
+    q, k = (layer(x).unflatten(2, (n, -1)).transpose(1, 2) for layer in (attention.to_q, attention.to_k))  # pyright: ignore
+    weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1))
+    one = nn.functional.one_hot(frames_of(len(weights))).float()
+    return (one.T @ weights @ one / one.sum(0)[:, None]).numpy()
+
+
+def frames_of(tokens_in_all: int) -> Tensor:
+    """[s]: the frame that each token of a grid belongs to."""
+    side = int((tokens_in_all // scenes.FRAMES) ** 0.5)
+    numbers = torch.arange(scenes.FRAMES).view(1, -1, 1, 1, 1).expand(1, -1, 1, side, side)
+    return to_grid(numbers).flatten()
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return f"{100 * value[0]:.0f} [{100 * value[1]:.0f}, {100 * value[2]:.0f}]"
+    return f"{value:.3f}"
+
+
+def markdown(found: dict[str, Any], reading: str) -> str:
+    """Every arm and seed with its measures; percentages with 95 % intervals."""
+    runs = found["runs"]
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["figures"]))
+    rows = []
+    for key, run in runs.items():
+        last = list(run["curve"].values())
+        rows.append(
+            [key, run["asks"], f"{last[-1]:.4f}" if last else "", *(cell(run["figures"].get(name)) for name in names)]
+        )
+    beside = [f"The filter tells right captions from wrong ones with an AUC of {found['filter_auc']:.3f}."]
+    for key, share in found["attention"].items():
+        uniform = (scenes.FRAMES - 1) / scenes.FRAMES
+        beside.append(f"Attention of {key} to other frames: {share:.3f} of it; if it were uniform, {uniform:.3f}.")
+    titles = ["arm-seed", "what it is", "held-out v-loss", *names]
+    parts = [
+        "# ETC's claims at a tiny scale",
+        found["made"],
+        table(titles, "ll" + "r" * (len(titles) - 2), rows),
+        "\n".join(beside),
+    ]
+    return "\n\n".join([*parts, *([reading] if reading else [])]) + "\n"
+
+
+def draw_curves(found: dict[str, Any], path: Path) -> None:
+    """Held-out loss by step, a line for each arm and seed."""
+    figure = plotting()(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    arms = list(dict.fromkeys(key.split("-")[0] for key in found["runs"]))
+    for key, run in found["runs"].items():
+        steps, arm = [int(step) for step in run["curve"]], key.split("-")[0]
+        label = arm if key.endswith("-0") else None
+        axes.plot(steps, list(run["curve"].values()), color=f"C{arms.index(arm)}", label=label, linewidth=1)
+    axes.set(xlabel="step", ylabel="held-out v-loss", yscale="log")
+    axes.legend(ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="ETC's claims at a tiny scale.")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", type=int, help="of each arm (default: 3 of A, B and B0, else 1)")
+    parser.add_argument("--base", type=Path, default=Path("weights/tiny"), help="the folder of VAE and encoders")
+    parser.add_argument("--work", type=Path, default=Path("runs/etc-experiment"), help="pools, checkpoints, results")
+    parser.add_argument("--out", type=Path, default=Path("tools/results/etc"), help="report, figures and pictures")
+    parser.add_argument("--share", type=float, default=1.0, help="of all steps and clips alike (default: all)")
+    parser.add_argument("--measured", type=int, default=200, help="captions an arm (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of sampling (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    text, vae = load_text(args.base), load_vae(args.base)
+    pools = {}
+    for name, count in POOLS.items():
+        kind, pairs = ("clips", SEEN) if name == "few" else (name, PAIRS)
+        pools[name] = make_pool(args.work / f"{name}.pt", vae, kind, max(8, int(count * args.share)), 0, pairs)
+    pools["held"] = make_pool(args.work / "held.pt", vae, "clips", max(4, int(32 * args.share)), HELD_OUT)
+    runs, attention, stage = {}, {}, replace(scaled(ARM, args.share), report=max(1, min(50, int(50 * args.share))))
+    for seed in range(args.seeds or 3):
+        wanted = [ARMS[name] for name in args.arms if seed < (args.seeds or ARMS[name].seeds)]
+        if not wanted:
+            continue
+        (folder := args.work / f"base-{seed}").mkdir(exist_ok=True)
+        run = Run(folder, (scaled(BASE, args.share),), torch.device("cpu"), seed)
+        torch.manual_seed(seed)
+        base = train_images(
+            run, run.stages[0], text, pools["clips"], new_image_network(config_for(vae.config), mixed=False)
+        )
+        for arm in wanted:
+            unet, curve = train_arm(arm, seed, base, stage, args.work, pools, text)
+            result = args.work / f"{arm.name}-{seed}/figures.json"
+            if not result.exists():
+                pairs = [pair for pair in PAIRS if pair not in SEEN] if arm.unseen else PAIRS
+                write_json(result, measure(unet, vae, text, args.measured, args.steps, pairs=pairs))
+            runs[f"{arm.name}-{seed}"] = {"asks": arm.asks, "curve": curve, "figures": json.loads(result.read_text())}
+            if arm.name in ("A", "E") and isinstance(unet, SpatialUNet):
+                shares = frame_to_frame(unet, pools["held"], text)
+                attention[f"{arm.name}-{seed}"] = float(1 - np.diag(shares).mean())
+                grey = torch.from_numpy(shares / shares.max())[..., None].expand(-1, -1, 3)
+                save_png(as_image(grey.float(), zoom=24), args.out / f"attention-{arm.name}-{seed}.png")
+    made = (
+        f"{stage.steps} steps of {stage.batch} clips an arm, {args.measured} captions, {args.steps} steps of sampling."
+    )
+    found = {"made": made, "runs": runs, "attention": attention, "filter_auc": filter_auc(args.base, args.measured)}
+    write_json(args.out / "experiment.json", found)
+    own = args.out / "reading.md"
+    report = markdown(found, own.read_text(encoding="utf-8") if own.is_file() else "")
+    (args.out / "experiment.md").write_text(report, encoding="utf-8")
+    draw_curves(found, args.out / "curves.png")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

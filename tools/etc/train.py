@@ -1,0 +1,183 @@
+"""Train the tiny ETC: `python -m tools.etc.train`. Stop it at will; the same command goes on.
+
+First the network learns captioned images, one frame at a time, then clips as grids, with the rates and the two other
+kinds of triple data; the VAE and the captions' encoder are the tiny model's. At the end it is measured on 200 unseen
+captions, and the folder is written.
+"""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisvd.etc import SpatialUNet
+from tools.etc.clips import LABEL, PAIRS, RATES, STILL, Pool, draw, make_pool, pace
+from tools.etc.model import (
+    GENERATION,
+    Network,
+    config_for,
+    drawn_loss,
+    export,
+    ids_of,
+    load_text,
+    load_vae,
+    new_image_network,
+    sample,
+)
+from tools.etc.reader import Reading, agrees, read, share
+from tools.measure.metrics import spearman, wilson_interval
+from tools.output import table, write_json
+from tools.tiny import scenes
+from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
+
+IMAGES = Stage("etc-images", steps=4000, batch=128, lr=1.5e-3, report=500, hold=0.3)
+CLIPS = Stage("etc-clips", steps=6000, batch=16, lr=1e-3, report=500, hold=0.3)
+COUNTS = {"clips": 4000, "labels": 500, "stills": 500}
+SHARES = {"clips": 0.5, "labels": 0.25, "stills": 0.25}  # the paper names none
+HELD_OUT = 3_000_017
+
+
+def batch_of(pools: dict[str, Pool], rng: np.random.Generator, b: int, shares: dict[str, float]) -> tuple[Tensor, ...]:
+    """Latents [b,t,c,h,w], ids [b,k] and rates [b], of each kind its share."""
+    kinds = rng.choice(list(shares), size=b, p=list(shares.values()))
+    rows = [(pools[kind], rng.integers(len(pools[kind].fps))) for kind in kinds]
+    return tuple(torch.stack([getattr(pool, name)[i] for pool, i in rows]) for name in ("clips", "ids", "fps"))
+
+
+def train_images(run: Run, stage: Stage, text: torch.nn.Module, pool: Pool, network: SpatialUNet) -> SpatialUNet:
+    """One frame at a time, of any clip, with its caption; what is said of fps is not trained yet."""
+    empty = text(ids_of([""]))
+
+    def build() -> SpatialUNet:
+        network.fps_embedding.requires_grad_(False)
+        return network
+
+    def loss(unet: SpatialUNet, rng: np.random.Generator, b: int) -> Tensor:
+        rows, frames = rng.integers(len(pool.fps), size=b), rng.integers(pool.clips.shape[1], size=b)
+        frame = pool.clips[rows, frames][:, None].float()
+        return drawn_loss(unet, frame, text(pool.ids[rows]), empty, torch.full((b,), STILL))
+
+    trained = fit(run, stage, build, loss, lambda _: "", muon_and_adamw)
+    return trained.requires_grad_(True)
+
+
+def train_clips(
+    run: Run, stage: Stage, text: torch.nn.Module, pools: dict[str, Pool], network: Network, shares: dict[str, float]
+) -> Network:
+    """All frames of a clip, with its caption and its rate."""
+    empty = text(ids_of([""]))
+
+    def loss(unet: Network, rng: np.random.Generator, b: int) -> Tensor:
+        clips, ids, fps = batch_of(pools, rng, b, shares)
+        return drawn_loss(unet, clips.float(), text(ids), empty, fps)
+
+    return fit(run, stage, lambda: network, loss, lambda _: "", muon_and_adamw)
+
+
+def videos_of(
+    unet: Network,
+    vae: Any,
+    text: Any,
+    said: list[str],
+    fps: float,
+    steps: int,
+    scale: float,
+    seed: int = 0,
+    batch: int = 20,
+) -> list[np.ndarray]:
+    """A video [t,3,H,W] of each caption, at one rate."""
+    keys, empty, made = text(ids_of(said)), text(ids_of([""])), []
+    for i in range(0, len(said), batch):
+        made += list(sample(unet, vae, keys[i : i + batch], empty, fps, seed + i, steps, scale))
+    return made
+
+
+def measure(
+    unet: Network, vae: Any, text: Any, count: int, steps: int = 50, pairs: list[tuple[str, str]] = PAIRS
+) -> dict[str, object]:
+    """Of `count` unseen captions, spread over the rates: shares right with their intervals, Err., the rank correlation
+    of pace with the rate's, the same with the rates shuffled (which it must not survive), travel at fps 120, and how
+    many colours and shapes are the label's in images at fps 0, and how far these are apart."""
+    scale, rng = GENERATION.guidance[1], np.random.default_rng(HELD_OUT)
+    said = [scenes.caption(draw(rng, pairs)) for _ in range(count)]
+    rows: list[tuple[Reading, str, float]] = []
+    for i, fps in enumerate(RATES):
+        mine = said[i :: len(RATES)]
+        made = videos_of(unet, vae, text, mine, fps, steps, scale, seed=1000 * i) if mine else []
+        rows += [(read(frames), caption, fps) for frames, caption in zip(made, mine, strict=True)]
+    right = [agrees(reading, caption, fps) for reading, caption, fps in rows]
+    figures: dict[str, object] = {}
+    for name, value in share(right).items():
+        n = sum(name in row for row in right)
+        figures[name] = [value, *(wilson_interval(round(value * n), n) if n else (0.0, 1.0))]
+    seen = [(reading.pace, pace(fps)) for reading, _, fps in rows if math.isfinite(reading.pace)]
+    paces, wanted = [own for own, _ in seen], [of for _, of in seen]
+    figures["pace by rank"] = spearman(paces, wanted) if len(set(paces)) > 1 else None
+    figures["pace by rank, rates shuffled"] = spearman(paces, rng.permutation(wanted)) if len(set(paces)) > 1 else None
+    figures["Err."] = float(np.mean([row[0].errors for row in rows]))
+    few = said[: max(1, count // 10)]
+    still = videos_of(unet, vae, text, few, STILL, steps, scale, seed=8000)
+    moved = [own for frames in still if math.isfinite(own := read(frames).pace)]
+    figures["travel at fps 120"] = float(np.mean(moved)) * (scenes.FRAMES - 1) if moved else None
+    labels = videos_of(unet, vae, text, [" ".join(caption.split()[:3]) for caption in few], LABEL, steps, scale, 9000)
+    alone = [
+        (read(np.repeat(frame[None], 2, 0)), caption)
+        for clip, caption in zip(labels, few, strict=True)
+        for frame in clip
+    ]
+    kept = [reading.colour == caption.split()[1] and reading.shape == caption.split()[2] for reading, caption in alone]
+    figures["label kept at fps 0"] = float(np.mean(kept))
+    figures["apart at fps 0"] = float(np.mean([np.abs(clip - clip[:1]).mean() for clip in labels]))
+    return figures
+
+
+def shown(figures: dict[str, object]) -> str:
+    """As a table."""
+    rows = []
+    for name, value in figures.items():
+        if isinstance(value, list):
+            rows.append([name, f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"])
+        else:
+            rows.append([name, "" if value is None else f"{value:.3f}"])
+    return table(["measure", "figure"], "lr", rows)
+
+
+def scaled(stage: Stage, share_of: float) -> Stage:
+    """A stage with a share of its steps, at least two."""
+    return replace(stage, steps=max(2, int(stage.steps * share_of)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny ETC.")
+    parser.add_argument("--base", type=Path, default=Path("weights/tiny"), help="the folder of VAE and text encoder")
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny-etc"), help="the folder of the finished model")
+    parser.add_argument("--work", type=Path, default=Path("runs/etc"), help="pools, checkpoints and the log")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of steps and clips, for a trial (default: all)")
+    parser.add_argument("--measured", type=int, default=200, help="unseen captions (default: %(default)s)")
+    parser.add_argument("--finish", action="store_true", help="train no more: measure and write what there is")
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    stages = scaled(IMAGES, args.share), scaled(CLIPS, args.share)
+    run = Run(args.work, stages, torch.device("cpu"), args.seed, args.finish)
+    text, vae = load_text(args.base), load_vae(args.base)
+    pools = {
+        kind: make_pool(args.work / f"{kind}.pt", vae, kind, max(8, int(count * args.share)), args.seed)
+        for kind, count in COUNTS.items()
+    }
+    images = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
+    unet = train_clips(run, stages[1], text, pools, images, SHARES)
+    assert isinstance(unet, SpatialUNet)
+    export(args.out, unet, text, vae)
+    figures = measure(unet, vae, text, args.measured, steps=GENERATION.steps if args.share == 1 else 3)
+    write_json(args.work / "figures.json", figures)
+    run.log(f"wrote {args.out}\n\n{shown(figures)}\n")
+
+
+if __name__ == "__main__":
+    main()
