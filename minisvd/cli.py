@@ -178,29 +178,40 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def account(args: argparse.Namespace) -> None:
-    """Parameters and MACs of a UNet in one forward, as torch counts them on tensors without data: no weights are read.
-    The closed formulas, a whole run and its memory are in tools/cost/account.py."""
+    """Parameters and MACs of a UNet, as torch counts them on tensors without data, and of a run: no weights are read.
+    The closed formulas, by kinds of work, are in tools/cost/accounting.py."""
     from .accounting import ETC, count
     from .folder import resolve_configs
+    from .memory import ECONOMIES, peaks
+    from .sampler import GuidanceSchedule
 
     grid = args.model == "etc"
     configs, generation = ETC if grid else resolve_configs(args.model, args.offline)
-    config, factor = configs["unet"], configs["vae"].factor
-    config = config if args.vcut is None else replace(config, vcut=VCUT[args.vcut])
-    frames = check("num_frames", generation.num_frames if args.frames is None else args.frames)
-    width, height = check("size", args.size or generation.size)
+    configs["unet"] = config = replace(configs["unet"], vcut=VCUT[args.vcut]) if args.vcut else configs["unet"]
+    asked = {"num_frames": args.frames, "size": args.size, "steps": args.steps}
+    generation = replace(generation, **{name: value for name, value in asked.items() if value is not None})
+    (width, height), factor = generation.size, configs["vae"].factor
     if width % (pixels := config.stride * factor) or height % pixels:
         raise ValueError(f"size is {width}x{height}; need multiples of {pixels} pixels")
-    rows = count(config, frames, (width // factor, height // factor), args.branches, grid)
+    rows = count(config, generation.num_frames, (width // factor, height // factor), grid)
     layer = r"(\.\w+\.\d+)?" if args.tree else ""
     shown = [row for row in rows if re.fullmatch(rf"\w*(?<!_blocks)|\w+_blocks\.\d+{layer}|mid_block{layer}", row.name)]
+    schedule = GuidanceSchedule(*generation.guidance, cut_step=args.cut_step)
+    guided = sum(schedule.guides and schedule.stage(step, 0) == 1 for step in range(1, generation.steps + 1))
+    run = {"guided": guided, "single": generation.steps - guided, "macs": (generation.steps + guided) * rows[0].macs}
+    most = peaks(configs, generation, DTYPES[args.memory], 1 + bool(guided)) if args.memory and not grid else []
+    memory = dict(zip((economy.name for economy in ECONOMIES), most, strict=False))  # of none or of all
     if args.json:
-        asked = {"model": args.model, "frames": frames, "size": (width, height), "branches": args.branches}
-        print(json.dumps({**asked, "total": rows[0]._asdict(), "modules": [row._asdict() for row in shown]}))
+        asked = {"model": args.model, "vcut": config.vcut, "frames": generation.num_frames, "size": generation.size}
+        counted = {"total": rows[0]._asdict(), "modules": [row._asdict() for row in shown], "run": run}
+        print(json.dumps({**asked, **counted, "memory": memory}))
         return
-    print(f"UNet of {args.model}: {args.branches} x {frames} frames of {width}x{height}; G = 10^9 MACs of one forward")
+    print(f"UNet of {args.model}: {generation.num_frames} frames of {width}x{height}; G = 10^9 MACs of one branch")
     for name, parameters, macs in [*shown[1:], shown[0]]:
         print(f"{name or 'total':<29}{parameters:>15,}{macs / 1e9:>12,.2f} G")
+    print(f"{guided} guided steps, of two branches, and {run['single']} single: {run['macs'] / 1e12:,.2f} T")
+    for name, need in memory.items():
+        print(f"{need / 1e9:7.1f} GB on the device, {name}")
 
 
 # --- what all need -----------------------------------------------------------------------------------------------
@@ -311,11 +322,7 @@ def parser() -> Parser:
     add = command.add_argument
     images = "what Pillow can open: PNG, JPEG, WebP, ...; or a folder, for all images in it"
     add("image", nargs="*", type=Path, metavar="IMAGE", help=images)
-    add(
-        "--text",
-        metavar="T",
-        help="what the video is to show, instead of an image; --model is then tiny-etc or a folder",
-    )
+    add("--text", metavar="T", help="what the video is to show, in place of an image (--model: tiny-etc, or a folder)")
     add("--manifest", type=Path, metavar="M", help="a .jsonl or .csv file, a row a video: image, name, any setting")
     out = ".mp4, .gif, .webp, or no extension for a new folder of PNGs; for several videos an existing folder, \
 or a name with placeholders: {stem} of the image's name, {seed}, and {index}, the seed's place in --seeds from 0"
@@ -362,7 +369,9 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--vcut", choices=VCUT, help="the UNet's build (default: the folder's, else off)")
     add("--frames", type=int, metavar="N", help="frames (default: the model's)")
     add("--size", type=parse_size, metavar="WxH", help="pixels, such as 1024x576 (default: the model's)")
-    add("--branches", type=int, choices=(1, 2), default=2, help="2, of a guided step (default), or 1")
+    add("--cut-step", type=int, metavar="C", help=cut_step)
+    add("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
+    add("--memory", choices=DTYPES, help="count the peak on the device too, from full speed to --low-memory")
     add("--tree", action="store_true", help="block by block")
     add("--json", action="store_true", help="print one JSON object")
     return top

@@ -334,7 +334,7 @@ def account(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_account_counts_it_and_svd_alike(capsys):
     """16 frames of 256x256 on one branch: 2.338 T MACs, of 905,243,844 parameters; the tree's blocks add up. SVD's
     count is that of the closed formulas."""
-    etc = account(capsys, "--model", "etc", "--branches", "1", "--tree")
+    etc = account(capsys, "--model", "etc", "--tree")
     assert (etc["total"]["parameters"], round(etc["total"]["macs"] / 1e12, 3)) == (905_243_844, 2.338)
     rows = {row["name"]: row for row in etc["modules"]}
     for key in ("parameters", "macs"):
@@ -345,7 +345,7 @@ def test_account_counts_it_and_svd_alike(capsys):
         assert sum(rows[name][key] for name in inside) == rows["down_blocks.0"][key]
     for vcut in ("off", "on", "lossless"):
         svd = account(capsys, "--vcut", vcut)["total"]
-        expected = unet_cost(UNetConfig(), 14, (128, 72), 2, BUILDS[VCUT[vcut]])
+        expected = unet_cost(UNetConfig(), 14, (128, 72), 1, BUILDS[VCUT[vcut]])
         assert (svd["parameters"], svd["macs"]) == (expected.parameters, expected.macs)
     print(f"{etc['total']['parameters']:,} parameters, {etc['total']['macs'] / 1e12:.3f} T MACs")
 
@@ -353,11 +353,12 @@ def test_account_counts_it_and_svd_alike(capsys):
 def test_account_prints_a_line_for_each_block(capsys):
     assert main(["account", "--model", "etc", "--frames", "4", "--size", "64x64", "--tree"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "UNet of etc: 2 x 4 frames of 64x64; G = 10^9 MACs of one forward"
+    assert lines[0] == "UNet of etc: 4 frames of 64x64; G = 10^9 MACs of one branch"
     assert [line.split()[0] for line in lines[1:6]] == [
         "time_embedding", "conv_in", "down_blocks.0", "down_blocks.0.resnets.0", "down_blocks.0.resnets.1",
     ]  # fmt: skip
-    assert lines[-1].split()[:2] == ["total", "905,243,844"]
+    assert lines[-2].split()[:2] == ["total", "905,243,844"]
+    assert lines[-1].startswith("25 guided steps, of two branches, and 0 single: ")
     assert max(map(len, lines)) <= 80
     assert main(["account", "--model", "etc", "--size", "100x64"]) == 2
     assert "need multiples of 64 pixels" in capsys.readouterr().err
