@@ -100,7 +100,8 @@ class TemporalBasicTransformerBlock(BasicTransformerBlock):
 
     def __init__(self, c: int, num_heads: int, c_context: int, cross: tuple[Any, Any]) -> None:
         super().__init__(c, num_heads, c_context, cross)
-        self._modules = {"norm_in": nn.LayerNorm(c), "ff_in": FeedForward(c)} | self._modules  # first, as they run
+        self.norm_in, self.ff_in = nn.LayerNorm(c), FeedForward(c)
+        self._modules = {name: self._modules[name] for name in ("norm_in", "ff_in", *self._modules)}  # as they run
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b s), t, c], condition [b, ...]
         return super().forward(x + self.ff_in(self.norm_in(x)), condition)
