@@ -1,7 +1,4 @@
-"""Parameters and multiply-accumulates (MACs) of a UNet, module by module, as torch counts them on tensors without data.
-
-The same as closed formulas, what a whole run costs and what it saves: tools/cost/accounting.py.
-"""
+"""Parameters and multiply-accumulates (MACs) of a UNet, module by module, as torch counts them on shapes alone."""
 
 from typing import Any, NamedTuple
 

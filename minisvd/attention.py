@@ -95,16 +95,23 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class TemporalBasicTransformerBlock(BasicTransformerBlock):
+class TemporalBasicTransformerBlock(nn.Module):
     """Along time: a feed-forward first, then as within a frame, but over the t tokens of one place (with TCA)."""
 
     def __init__(self, c: int, num_heads: int, c_context: int, cross: tuple[Any, Any]) -> None:
-        super().__init__(c, num_heads, c_context, cross)
+        super().__init__()
+        norm, attention = cross
         self.norm_in, self.ff_in = nn.LayerNorm(c), FeedForward(c)
-        self._modules = {name: self._modules[name] for name in ("norm_in", "ff_in", *self._modules)}  # as they run
+        self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, num_heads, c)
+        self.norm2, self.attn2 = norm(c), attention(c, num_heads, c_context)
+        self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # x [(b s), t, c], condition [b, ...]
-        return super().forward(x + self.ff_in(self.norm_in(x)), condition)
+        x = x + self.ff_in(self.norm_in(x))
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), condition)
+        return x + self.ff(self.norm3(x))
 
 
 # What else can stand at attn2. `condition` is called once per video, `forward` in every step.

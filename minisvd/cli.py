@@ -203,8 +203,8 @@ def account(args: argparse.Namespace) -> None:
     memory = dict(zip((economy.name for economy in ECONOMIES), most, strict=False))  # of none or of all
     if args.json:
         asked = {"model": args.model, "vcut": config.vcut, "frames": generation.num_frames, "size": generation.size}
-        counted = {"total": rows[0]._asdict(), "modules": [row._asdict() for row in shown], "run": run}
-        print(json.dumps({**asked, **counted, "memory": memory}))
+        asked |= {"total": rows[0]._asdict(), "modules": [row._asdict() for row in shown], "run": run, "memory": memory}
+        print(json.dumps(asked))
         return
     print(f"UNet of {args.model}: {generation.num_frames} frames of {width}x{height}; G = 10^9 MACs of one branch")
     for name, parameters, macs in [*shown[1:], shown[0]]:

@@ -56,14 +56,10 @@ class TextEncoder(nn.Module):
         return self.text.ln_final(self.text.transformer(x, attn_mask=mask))
 
 
-SCHEDULER = {
-    "prediction_type": "v_prediction", "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-}  # fmt: skip
-NETWORK = {
-    "_class_name": "UNet2DConditionModel", "use_linear_projection": True,
-    "act_fn": "silu", "flip_sin_to_cos": True, "center_input_sample": False,
-}  # fmt: skip
+SCHEDULER = {"prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
+SCHEDULER |= {"beta_start": 0.00085, "beta_end": 0.012}
+NETWORK = {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"}
+NETWORK |= {"flip_sin_to_cos": True, "center_input_sample": False}
 OURS = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
 BLOCKS = ("down_block_types", "up_block_types")
 

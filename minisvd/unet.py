@@ -34,7 +34,7 @@ Conditions = Sequence[list[tuple[Tensor, ...]]]  # of each block in turn: what i
 
 
 class ResnetBlock2D(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w], emb [...,c_e].
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time_emb_proj(emb)))), frame by frame: [(b t),c,h,w].
 
     The norms' eps is 1e-5, as trained. diffusers runs 18 of the 22 residual blocks at 1e-6.
     """
@@ -48,8 +48,7 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        shift = self.time_emb_proj(emb.flatten(0, -2))
-        h = h + repeat(shift, "b c -> (b r) c 1 1", r=x.shape[0] // shift.shape[0])
+        h = h + repeat(self.time_emb_proj(emb), "b f c -> (b f r) c 1 1", r=x.shape[0] // emb[..., 0].numel())
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
