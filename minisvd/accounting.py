@@ -22,12 +22,12 @@ class Row(NamedTuple):
 
 
 @torch.no_grad()
-def count(config: UNetConfig, frames: int, size: Size, grid: bool = False) -> list[Row]:
-    """Of every module, the network first, in a forward on one video; `size` is (w, h) in latent cells, `grid` is for
+def count(config: UNetConfig, frames: int, size: Size, b: int, grid: bool = False) -> list[Row]:
+    """Of every module, the network first, in a forward on b videos; `size` is (w, h) in latent cells, `grid` is for
     ETC's network. Norms, activations and sums count as nothing, nor what is made of image or text once a video."""
     unet: Any = on_meta(SpatialUNet if grid else SpatioTemporalUNet, config)
     keys, c_in, numbers = 77 if grid else 1, unet.config.in_channels, unet.config.num_time_ids
-    shapes = (1, frames, c_in, *size[::-1]), (1,), (1, keys, config.cross_attention_dim), (1, numbers)
+    shapes = (b, frames, c_in, *size[::-1]), (b,), (b, keys, config.cross_attention_dim), (b, numbers)
     inputs = [torch.empty(shape, device="meta") for shape in shapes]
     conditions, root = unet.condition(inputs[2][:, None]), type(unet).__name__
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -178,38 +178,38 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def account(args: argparse.Namespace) -> None:
-    """Parameters and MACs of a UNet, as torch counts them on tensors without data, and of a run: no weights are read.
-    The closed formulas, by kinds of work, are in tools/cost/accounting.py."""
+    """Parameters and MACs of a UNet, as torch counts them on shapes alone, and of a run. No weights are read."""
     from .accounting import ETC, count
     from .folder import resolve_configs
     from .memory import ECONOMIES, peaks
-    from .sampler import GuidanceSchedule
 
     grid = args.model == "etc"
     configs, generation = ETC if grid else resolve_configs(args.model, args.offline)
-    configs["unet"] = config = replace(configs["unet"], vcut=VCUT[args.vcut]) if args.vcut else configs["unet"]
+    config = replace(configs["unet"], vcut=VCUT[args.vcut]) if args.vcut else configs["unet"]
     asked = {"num_frames": args.frames, "size": args.size, "steps": args.steps}
     generation = replace(generation, **{name: value for name, value in asked.items() if value is not None})
-    (width, height), factor = generation.size, configs["vae"].factor
+    t, (width, height), factor = generation.num_frames, generation.size, configs["vae"].factor
     if width % (pixels := config.stride * factor) or height % pixels:
         raise ValueError(f"size is {width}x{height}; need multiples of {pixels} pixels")
-    rows = count(config, generation.num_frames, (width // factor, height // factor), grid)
+    cut = check("cut_step", generation.steps + 1 if args.cut_step is None else args.cut_step)
+    guided = min(cut - 1, generation.steps) if set(generation.guidance) != {1} else 0
+    one, two = (count(config, t, (width // factor, height // factor), b, grid) for b in (1, 2))
+    branches, rows, single = (2, two, generation.steps - guided) if guided else (1, one, generation.steps)
+    run = {"guided": guided, "single": single, "macs": guided * two[0].macs + single * one[0].macs}
     layer = r"(\.\w+\.\d+)?" if args.tree else ""
     shown = [row for row in rows if re.fullmatch(rf"\w*(?<!_blocks)|\w+_blocks\.\d+{layer}|mid_block{layer}", row.name)]
-    schedule = GuidanceSchedule(*generation.guidance, cut_step=args.cut_step)
-    guided = sum(schedule.guides and schedule.stage(step, 0) == 1 for step in range(1, generation.steps + 1))
-    run = {"guided": guided, "single": generation.steps - guided, "macs": (generation.steps + guided) * rows[0].macs}
-    most = peaks(configs, generation, DTYPES[args.memory], 1 + bool(guided)) if args.memory and not grid else []
+    counts = args.memory and not grid  # of the second system's memory nothing is known
+    most = peaks(configs | {"unet": config}, generation, DTYPES[args.memory], branches) if counts else []
     memory = dict(zip((economy.name for economy in ECONOMIES), most, strict=False))  # of none or of all
     if args.json:
-        asked = {"model": args.model, "vcut": config.vcut, "frames": generation.num_frames, "size": generation.size}
+        asked = {"model": args.model, "vcut": config.vcut, "frames": t, "size": (width, height)}
         asked |= {"total": rows[0]._asdict(), "modules": [row._asdict() for row in shown], "run": run, "memory": memory}
         print(json.dumps(asked))
         return
-    print(f"UNet of {args.model}: {generation.num_frames} frames of {width}x{height}; G = 10^9 MACs of one branch")
+    print(f"UNet of {args.model}: {branches} x {t} frames of {width}x{height}; G = 10^9 MACs a step")
     for name, parameters, macs in [*shown[1:], shown[0]]:
         print(f"{name or 'total':<29}{parameters:>15,}{macs / 1e9:>12,.2f} G")
-    print(f"{guided} guided steps, of two branches, and {run['single']} single: {run['macs'] / 1e12:,.2f} T")
+    print(f"{guided} guided steps, of two branches, and {single} single: {run['macs'] / 1e12:,.2f} T")
     for name, need in memory.items():
         print(f"{need / 1e9:7.1f} GB on the device, {name}")
 

@@ -34,7 +34,7 @@ from minisvd.etc import (
 from minisvd.layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
 from minisvd.sampler import sample_euler
 from minisvd.text import TextConfig, TextEncoder
-from tools.cost.accounting import BUILDS, unet_cost
+from tools.cost.accounting import BUILDS, run_cost, unet_cost
 
 RELEASED: dict[str, Any] = {  # Stable Diffusion 2.1's, as diffusers spells it
     "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True,
@@ -334,7 +334,7 @@ def account(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_account_counts_it_and_svd_alike(capsys):
     """16 frames of 256x256 on one branch: 2.338 T MACs, of 905,243,844 parameters; the tree's blocks add up. SVD's
     count is that of the closed formulas."""
-    etc = account(capsys, "--model", "etc", "--tree")
+    etc = account(capsys, "--model", "etc", "--cut-step", "1", "--tree")
     assert (etc["total"]["parameters"], round(etc["total"]["macs"] / 1e12, 3)) == (905_243_844, 2.338)
     rows = {row["name"]: row for row in etc["modules"]}
     for key in ("parameters", "macs"):
@@ -345,15 +345,39 @@ def test_account_counts_it_and_svd_alike(capsys):
         assert sum(rows[name][key] for name in inside) == rows["down_blocks.0"][key]
     for vcut in ("off", "on", "lossless"):
         svd = account(capsys, "--vcut", vcut)["total"]
-        expected = unet_cost(UNetConfig(), 14, (128, 72), 1, BUILDS[VCUT[vcut]])
+        expected = unet_cost(UNetConfig(), 14, (128, 72), 2, BUILDS[VCUT[vcut]])
         assert (svd["parameters"], svd["macs"]) == (expected.parameters, expected.macs)
     print(f"{etc['total']['parameters']:,} parameters, {etc['total']['macs'] / 1e12:.3f} T MACs")
+
+
+@pytest.mark.parametrize(("cut", "guided"), [(None, 25), (17, 16), (1, 0), (40, 25)])
+def test_account_counts_a_run(capsys, cut, guided):
+    """Guided steps before the cut, on two branches: the closed formulas' MACs, and the peak of as many branches.
+    Control: the formulas of the run that is not cut, unless it is that run."""
+    argv = [
+        "--model",
+        "weights/tiny",
+        "--steps",
+        "25",
+        "--memory",
+        "float16",
+        *(["--cut-step", str(cut)] if cut else []),
+    ]
+    counted = account(capsys, *argv)
+    config = UNetConfig(8, 4, (64, 96, 96), (True, True, False), (2, 3, 3), 1, 128, 32)
+    expected, uncut = (run_cost(config, 8, (8, 8), 25, step).macs for step in (cut, None))
+    assert counted["run"] == {"guided": guided, "single": 25 - guided, "macs": expected}
+    assert (expected == uncut) == (guided == 25)
+    peaks = list(counted["memory"].values())
+    assert len(peaks) == 5
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[-1]
 
 
 def test_account_prints_a_line_for_each_block(capsys):
     assert main(["account", "--model", "etc", "--frames", "4", "--size", "64x64", "--tree"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "UNet of etc: 4 frames of 64x64; G = 10^9 MACs of one branch"
+    assert lines[0] == "UNet of etc: 2 x 4 frames of 64x64; G = 10^9 MACs a step"
     assert [line.split()[0] for line in lines[1:6]] == [
         "time_embedding", "conv_in", "down_blocks.0", "down_blocks.0.resnets.0", "down_blocks.0.resnets.1",
     ]  # fmt: skip
