@@ -48,7 +48,7 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + repeat(self.time_emb_proj(emb), "b f c -> (b f r) c 1 1", r=x.shape[0] // emb[..., 0].numel())
+        h = h + repeat(self.time_emb_proj(emb.flatten(0, 1)), "b c -> (b r) c 1 1", r=x.shape[0] // emb[..., 0].numel())
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
