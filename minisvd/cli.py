@@ -198,9 +198,9 @@ def account(args: argparse.Namespace) -> None:
     run = {"guided": guided, "single": single, "macs": guided * two[0].macs + single * one[0].macs}
     layer = r"(\.\w+\.\d+)?" if args.tree else ""
     shown = [row for row in rows if re.fullmatch(rf"\w*(?<!_blocks)|\w+_blocks\.\d+{layer}|mid_block{layer}", row.name)]
-    counts = args.memory and not grid  # of the second system's memory nothing is known
-    most = peaks(configs | {"unet": config}, generation, DTYPES[args.memory], branches) if counts else []
-    memory = dict(zip((economy.name for economy in ECONOMIES), most, strict=False))  # of none or of all
+    names = [economy.name for economy in ECONOMIES if args.memory and not grid]  # ETC's memory is not known
+    most = peaks(configs | {"unet": config}, generation, DTYPES[args.memory], branches) if names else []
+    memory = dict(zip(names, most, strict=True))
     if args.json:
         asked = {"model": args.model, "vcut": config.vcut, "frames": t, "size": (width, height)}
         asked |= {"total": rows[0]._asdict(), "modules": [row._asdict() for row in shown], "run": run, "memory": memory}
