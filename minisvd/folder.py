@@ -131,7 +131,7 @@ def as_config(cls: Any, stated: dict[str, Any], part: str) -> Any:
         if name in FIXED[part] and value != FIXED[part][name]:
             raise ValueError(f"{name} is {value!r}; need {FIXED[part][name]!r}")
         if not (name in known or name in FIXED[part] or name in IGNORED[part] or name.startswith("_")):
-            raise ValueError(f"{name} is {value!r}; no such field is known, so what it changes cannot be loaded")
+            raise ValueError(f"{shown(name)[1:-1]} is {shown(value)}; no such field is known, nor what it changes")
     return cls(**{name: typed(field, stated[name]) for name, field in known.items()})
 
 
@@ -157,7 +157,7 @@ def read_generation(folder: Path, released: GenerationConfig | None) -> Generati
     stated |= read_json(own) if own.is_file() else {}
     try:
         if unknown := sorted(stated.keys() - set(known)):
-            raise ValueError(f"{unknown[0]} is none of {', '.join(known)}")
+            raise ValueError(f"{shown(unknown[0])[1:-1]} is none of {', '.join(known)}")
         return replace(base, **stated)
     except ValueError as error:
         raise ValueError(f"{own if own.is_file() else unet}: {error}") from error
