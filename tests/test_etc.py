@@ -151,10 +151,12 @@ def distances(embedding: Tensor) -> tuple[float, int]:
     cells = embedding.movedim(1, -1).flatten(0, 2).double()
     smallest, alike = math.inf, 0
     for start in range(0, len(cells), 1024):
-        apart = torch.cdist(cells[start : start + 1024], cells, compute_mode="donot_use_mm_for_euclid_dist")
-        later = torch.arange(len(cells)) > torch.arange(start, start + len(apart))[:, None]
-        smallest = min(smallest, apart[later].min().item() if later.any() else math.inf)
-        alike += int((apart[later] == 0).sum())
+        some, rest = cells[start : start + 1024], cells[start:]
+        apart = torch.cdist(some, rest, compute_mode="donot_use_mm_for_euclid_dist")
+        earlier = torch.ones_like(apart, dtype=torch.bool).tril()  # itself, too
+        apart.masked_fill_(earlier, math.inf)
+        smallest = min(smallest, apart.min().item())
+        alike += int((apart == 0).sum())
     return smallest, alike
 
 

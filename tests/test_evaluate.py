@@ -112,6 +112,19 @@ def test_what_a_vote_over_all_frames_forgives_is_missed_frame_by_frame(change, s
     assert names <= missed(result) <= FORM | ({SHAPE} if since == 0 else set())
 
 
+def test_faint_cues_leave_all_but_nose_and_tail():
+    """The same scenes and numbers; what differs from a picture without cues is a tenth of what it was."""
+    for (scene, fps, bucket, frames), (faint, *same, fainter) in zip(
+        CLIPS, draw_clips(8, seed=5, cues=0.1), strict=False
+    ):
+        assert [fps, bucket] == same
+        assert replace(faint, cues=1.0) == scene
+        bare = scenes.render(replace(scene, nose=False, tail=False), scenes.path(scene, bucket, fps)).astype(int)
+        before, after = (np.abs(clip - bare).max() for clip in (frames, fainter))
+        assert 0 < after <= 0.1 * before + 1
+        assert before > 50  # control
+
+
 def test_curves_show_where_it_goes_wrong():
     """A clip that morphs after frame 6: its class is right in six columns, its overlap falls in the last two."""
     change = redrawn(morphed, 6)

@@ -39,8 +39,13 @@ def test_track_recovers_the_truth() -> None:
 def test_a_shuffled_clip_loses_heading_and_speed() -> None:
     order = [3, 0, 6, 1, 7, 2, 5, 4]
     fast = [(scene, frames) for scene, _, bucket, frames in clips(100, seed=2) if bucket > 50]
-    turns = [scenes.angle_between(scenes.track(frames[order], scene).heading, scene.heading) for scene, frames in fast]
-    paces = [scenes.track(frames[order], scene).speed / scenes.track(frames, scene).speed for scene, frames in fast]
+    shuffled = [scenes.track(frames[order], scene) for scene, frames in fast]
+    turns = [
+        scenes.angle_between(found.heading, scene.heading) for found, (scene, _) in zip(shuffled, fast, strict=True)
+    ]
+    paces = [
+        found.speed / scenes.track(frames, scene).speed for found, (scene, frames) in zip(shuffled, fast, strict=True)
+    ]
     print(f"smallest slowing by shuffling: to {max(paces):.2f} of the speed")
     assert max(paces) < 0.7
     reverse = [scenes.angle_between(scenes.track(frames[::-1], scene).heading, scene.heading) for scene, frames in fast]
@@ -110,6 +115,7 @@ def test_each_widening_is_seen_and_none_touches_the_standard_scenes() -> None:
         "turn": 0.5,
         "wobble": ((3, 0.2, 0.0),),
         "line": 2.0,
+        "cues": 0.1,
     }
     for name, value in changes.items():
         assert np.abs(scenes.render(scenes.replace(scene, **{name: value}), at).astype(int) - plain).max() > 50, name

@@ -175,6 +175,23 @@ def test_fast_clips_move_as_their_numbers_say():
     assert np.median(paces) > np.quantile(others, 0.8)
 
 
+def test_wide_clips_are_some_drawings_and_some_scenes_that_do_not_say_where_they_go():
+    """In the shares that are stated. Of a drawing the frames have more than the one scene; no ground is bright."""
+    rng = np.random.default_rng(0)
+    clips = [recipe.wide_clip(rng) for _ in range(600)]
+    faint = [clip for clip in clips if clip[0].cues < 1]
+    alone = [np.array_equal(frames, scenes.render(s, scenes.path(s, bucket, fps))) for s, fps, bucket, frames in clips]
+    drawn = [clip for clip in clips if not 7 <= clip[0].radius <= 9 or clip[0].wobble or clip[0].line]
+    print(f"faint {len(faint) / 600:.1%}, drawn at least {len(drawn) / 600:.1%}, alone {np.mean(alone):.1%}")
+    assert abs(len(faint) / 600 - recipe.FAINT) < 0.04
+    assert 0.5 * recipe.DRAWN < len(drawn) / 600 < 1.3 * recipe.DRAWN
+    assert all(recipe.FAINTEST[0] <= scene.cues <= recipe.FAINTEST[1] for scene, *_ in faint)
+    assert 1 - 0.5 * recipe.DRAWN < np.mean(alone) < 1
+    assert max(frames[:, :, 0, 0].max() for *_, frames in clips) < 200  # a corner of the ground
+    fast = [recipe.fast_clip(rng) for _ in range(200)]
+    assert all(scene.cues == 1 for scene, *_ in fast)  # control
+
+
 def test_every_parameter_has_one_optimizer():
     unet = SpatioTemporalUNet(CONFIG)
     muon, adamw = (group["params"] for each in muon_and_adamw(unet, 1e-3) for group in each.param_groups)

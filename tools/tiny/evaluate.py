@@ -9,7 +9,7 @@ Axes: b batch, t frames, c channels, H W pixels.
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,10 +67,14 @@ class Figure:
 TITLES = ("measure", "figure", "95 % interval", "wanted", "met")
 
 
-def draw_clips(count: int, seed: int = HELD_OUT_SEED) -> list[Clip]:
-    """Unseen scenes, each with its fps, its motion bucket and its true frames."""
+def draw_clips(count: int, seed: int = HELD_OUT_SEED, cues: float = 1.0) -> list[Clip]:
+    """Unseen scenes, each with its fps, its motion bucket and its true frames; nose and tail of an opacity `cues`."""
     rng = np.random.default_rng(seed)
-    return [scenes.random_clip(rng) for _ in range(count)]
+    drawn = [scenes.random_clip(rng) for _ in range(count)]
+    if cues == 1.0:
+        return drawn
+    faint = [(replace(scene, cues=cues), fps, bucket) for scene, fps, bucket, _ in drawn]
+    return [(*clip, scenes.render(clip[0], scenes.path(clip[0], clip[2], clip[1]))) for clip in faint]
 
 
 def images(clips: list[Clip]) -> Tensor:
@@ -230,13 +234,16 @@ def main() -> None:
     parser.add_argument(
         "--scales", type=float, nargs="+", metavar="S", help="only figures against these guidance scales"
     )
+    parser.add_argument(
+        "--cues", type=float, default=1.0, metavar="A", help="opacity of nose and tail, with --scales (default: 1)"
+    )
     args = parser.parse_args()
     if args.scenes < 4:
         parser.error(f"--scenes is {args.scenes}; need at least 4, one for each quarter of the speeds")
     if not (args.model / TEXT_ENCODER).is_file():
         parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools.tiny.train wrote")
     if args.scales:
-        print(by_scale(minisvd.load(args.model), draw_clips(args.scenes), args.scales))
+        print(by_scale(minisvd.load(args.model), draw_clips(args.scenes, cues=args.cues), args.scales))
         return
     figures, measured = evaluate(args.model, args.scenes)
     print(

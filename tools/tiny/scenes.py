@@ -69,7 +69,8 @@ class Scene:
 
     The defaults of the rest are those of every standard scene. `wobble` is what a hand does to an outline: waves
     (k, amplitude, phase) that multiply the radius at angle a by 1 + amplitude cos(k a + phase). `turn` rotates the
-    shape, not its heading; `line` is the width of a line of colour `line_rgb` along the outline.
+    shape, not its heading; `line` is the width of a line of colour `line_rgb` along the outline. `cues` is the opacity
+    of nose and tail: where they can hardly be seen, the image does not say where the shape goes.
     """
 
     shape: str
@@ -87,6 +88,7 @@ class Scene:
     wobble: tuple[tuple[int, float, float], ...] = ()
     line: float = 0.0
     line_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    cues: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def _coverage(scene: Scene, positions: np.ndarray) -> tuple[np.ndarray, np.ndarr
     nose = np.hypot(along - 0.8, across) - 0.36
     distances = (_body_distance(scene, positions), tail, nose)
     body, tail, nose = (np.clip(0.5 - r * distance, 0, 1).astype(np.float32) for distance in distances)
-    return body, tail * scene.tail, nose * scene.nose
+    return body, scene.cues * scene.tail * tail, scene.cues * scene.nose * nose
 
 
 def _random_ground(rng: np.random.Generator, dark: Background) -> Background:

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -74,9 +75,12 @@ GENERATION = GenerationConfig(
 KL_WEIGHT = 1e-4  # of the KL divergence per latent number, against the loss per colour value
 LATENT_NOISE = 0.03  # on unit-variance latents, when the temporal decoder learns: sampled ones are not exact either
 SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
+WIDE_SIGMA_MEAN = 1.6  # of the last stage: what is wrong with the form is so at all levels above 1
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
-POOL, FAST_POOL = 6000, 8000  # clips whose latents the UNet learns from: as they are asked for, and mostly fast ones
+POOL, FAST_POOL, WIDE_POOL = 6000, 8000, 12000  # clips whose latents the UNet learns from, for each of its stages
+DRAWN, FAINT = 0.1, 0.12  # shares of the last: drawings on dark grounds, and scenes whose nose and tail hardly show
+FAINTEST, BRIGHTEST = (0.02, 0.5), 1.05  # range of their opacity; of a drawing's ground, near and far colours' sum
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
 
 VAE_FRAMES = Stage("vae-frames", steps=1150, batch=8, lr=1.5e-3, report=230)
@@ -84,7 +88,8 @@ VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
 CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
 UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 UNET_FAST = Stage("unet-fast", steps=3200, batch=16, lr=1e-3, report=800, hold=0.4)
-STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST)
+UNET_WIDE = Stage("unet-wide", steps=7000, batch=16, lr=1e-3, report=1000, hold=0.3)
+STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE)
 DrawClip = Callable[[np.random.Generator], tuple[scenes.Scene, int, float, np.ndarray]]  # as `scenes.random_clip`
 
 
@@ -189,11 +194,32 @@ def fast_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.nd
 
     Of clips as they are asked for, half move by less than a third of what the fastest do, and are nearly still.
     """
-    scene, pace = scenes.random_scene(rng), scenes.TOP_SPEED / scenes.FPS[0] * rng.random() ** 0.75
+    return fast((scenes.random_scene(rng),), rng)
+
+
+def wide_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
+    """As `fast_clip`, but some are drawings on dark grounds, and of some the nose and tail hardly show.
+
+    Where they do not, the heading is anybody's guess: there guidance has something to do.
+    """
+    kind = rng.random()
+    if kind >= DRAWN + FAINT:
+        return fast_clip(rng)
+    if kind >= DRAWN:
+        return fast((replace(scenes.random_scene(rng), cues=float(np.exp(rng.uniform(*np.log(FAINTEST))))),), rng)
+    drawing = scenes.random_drawing(rng)
+    while sum(drawing[0].background.near + drawing[0].background.far) > BRIGHTEST:
+        drawing = scenes.random_drawing(rng)
+    return fast(drawing, rng)
+
+
+def fast(drawn: tuple[scenes.Scene, ...], rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
+    """The clip of these shapes at one random pace; the scene is the first's."""
+    pace = scenes.TOP_SPEED / scenes.FPS[0] * rng.random() ** 0.75
     fastest = min(scenes.FPS[1], int(scenes.TOP_SPEED / pace))
     fps = int(rng.integers(scenes.FPS[0], fastest + 1))
     bucket = 255 * pace * fps / scenes.TOP_SPEED
-    return scene, fps, bucket, scenes.render(scene, scenes.path(scene, bucket, fps))
+    return drawn[0], fps, bucket, scenes.render_together(drawn, [scenes.path(scene, bucket, fps) for scene in drawn])
 
 
 def posterior(vae: AutoencoderKLTemporalDecoder, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,9 +399,14 @@ def clip_pool(
 
 
 def v_loss(
-    run: Run, clips: Callable[[], dict[str, Tensor]], unet: SpatioTemporalUNet, rng: np.random.Generator, batch: int
+    run: Run,
+    clips: Callable[[], dict[str, Tensor]],
+    sigma_mean: float,
+    unet: SpatioTemporalUNet,
+    rng: np.random.Generator,
+    batch: int,
 ) -> Tensor:
-    """EDM's |F(c_in x, c_noise) - (y - c_skip x) / c_out|^2 at x = y + sigma n, ln sigma normal.
+    """EDM's |F(c_in x, c_noise) - (y - c_skip x) / c_out|^2 at x = y + sigma n, ln sigma normal around a mean.
 
     A batch's noise levels are one of each of as many equally likely parts of that normal distribution.
     The condition frame has noise of a log-normal deviation, which is told; the whole condition is dropped, embedding
@@ -389,7 +420,7 @@ def v_loss(
     keep = (torch.rand(batch, device=run.device) >= CONDITION_DROPOUT).float()
     latent, embeds = latent * keep[:, None, None, None], embeds * keep[:, None, None]
     spread = (torch.arange(batch, device=run.device) + torch.rand(batch, device=run.device)) / batch
-    sigma = (SIGMA_MEAN + SIGMA_STD * torch.special.ndtri(spread)).exp()
+    sigma = (sigma_mean + SIGMA_STD * torch.special.ndtri(spread)).exp()
     c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None, None])
     x = y + sigma[:, None, None, None, None] * torch.randn_like(y)
     sample = torch.cat([c_in * x, repeat(latent, "b c h w -> b t c h w", t=y.shape[1])], dim=2)
@@ -401,15 +432,19 @@ def v_loss(
 
 
 def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
-    """On clips as they are asked for; then, from there, on more clips, most of which move fast."""
-
-    def stage(stage: Stage, build: Callable[[], SpatioTemporalUNet], draw: DrawClip, count: int) -> SpatioTemporalUNet:
+    """On clips as they are asked for; from there, on more, most of which move fast; from there, on more and wider."""
+    unet = None
+    for stage, draw, count, sigma_mean in (
+        (UNET_VIDEO, scenes.random_clip, POOL, SIGMA_MEAN),
+        (UNET_FAST, fast_clip, FAST_POOL, SIGMA_MEAN),
+        (UNET_WIDE, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN),
+    ):
         pool = cache(partial(clip_pool, run, f"{stage.name}-clips", draw, count, vae, clip))
-        loss = partial(v_loss, run, pool)
-        return fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
-
-    unet = stage(UNET_VIDEO, new_unet, scenes.random_clip, POOL)
-    return stage(UNET_FAST, lambda: unet, fast_clip, FAST_POOL)
+        loss = partial(v_loss, run, pool, sigma_mean)
+        build = new_unet if unet is None else partial(copy.deepcopy, unet)
+        unet = fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
+    assert unet is not None
+    return unet
 
 
 # Held-out figures, and the folder.
