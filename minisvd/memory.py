@@ -94,7 +94,5 @@ def fitting(needs: Iterable[int], has: int) -> tuple[Economy, str]:
     full, at = needs[0], next((i for i, need in enumerate(needs) if need <= MARGIN * has), len(needs) - 1)
     economy, need = ECONOMIES[at], needs[at]
     remedy = "" if need <= MARGIN * has else ", too much too: lower --frames or --size"
-    line = (
-        f"full speed needs {full / 1e9:.1f} GB, free are {has / 1e9:.1f}: {economy.name}, {need / 1e9:.1f} GB{remedy}"
-    )
-    return economy, "" if need == full and not remedy else line
+    free = f"full speed needs {full / 1e9:.1f} GB, free are {has / 1e9:.1f}"
+    return economy, "" if need == full and not remedy else f"{free}: {economy.name}, {need / 1e9:.1f} GB{remedy}"

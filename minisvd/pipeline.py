@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -189,8 +190,7 @@ class StableVideoDiffusion:
 
         b, factor = len(pixels), self.vae.config.factor
         each_fps, buckets, levels, seeds = (per_row(name, chosen[name], b) for name in PER_IMAGE)
-        told = [each_fps, buckets, levels]
-        ids = torch.tensor(told, dtype=torch.float32, device="cpu").T
+        ids = torch.tensor([each_fps, buckets, levels], dtype=torch.float32, device="cpu").T
         added_time_ids = ids - torch.tensor([1, 0, 0], device="cpu")  # the network was trained on fps - 1
         generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
         aug_noise = drawn("aug_noise", aug_noise, (3, height, width), generators)
@@ -268,6 +268,8 @@ class StableVideoDiffusion:
         except Exception as error:  # each backend has its own
             need = "install a C++ compiler, and Triton for cuda, or do not compile"
             raise ValueError(f"torch.compile does not work on {self.device}: {need}") from error
+        for shaped in (rearrange, repeat):
+            torch.compiler.allow_in_graph(shaped)  # as einops once did: tracing what it does takes most of the wait
         self.unet.compile(**how)
         self.doing = "denoising, first step of a kind compiles"
         return self

@@ -324,8 +324,7 @@ def over_video(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Callable[[Tensor]
     std = ((var + (mean - total[..., None]).square()) * share).sum(-1).add(norm.eps).sqrt()
     scale = rearrange(norm.weight, "c -> 1 c 1 1") / repeat(std, "b g -> b (g c) 1 1", c=c)
     shift = rearrange(norm.bias, "c -> 1 c 1 1") - repeat(total, "b g -> b (g c) 1 1", c=c) * scale
-    scale, shift = scale.to(norm.weight.dtype), shift.to(norm.weight.dtype)
-    return lambda x: torch.addcmul(shift, x, scale)
+    return lambda x: torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
 
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def graphs() -> int:
 def test_one_graph_for_guided_steps_and_one_for_single_ones(tiny_folder: Path) -> None:
     """Counted by torch, with the feed-forwards in slices; the same frames to rounding. Control: uncut, it is one graph.
     That a step without slices is one graph, and that another size is another, is in test_vcut.py."""
-    svd, levels = minisvd.load(tiny_folder, vcut="lossless"), (32, 32)
-    fewer = {"block_out_channels": levels, "attention": (True, False), "num_attention_heads": (2, 2)}
+    svd = minisvd.load(tiny_folder, vcut="lossless")
+    fewer = {"block_out_channels": (32,), "attention": (True,), "num_attention_heads": (2,)}
     svd.unet = randomised(minisvd.SpatioTemporalUNet(replace(svd.unet.config, layers_per_block=1, **fewer)))
     svd.economise(ECONOMIES[1])
     image = torch.zeros(3, 64, 64)

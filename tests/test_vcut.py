@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import minisvd
@@ -252,7 +253,7 @@ def test_gradients_reach_weight_bias_and_embedding():
 @torch.no_grad()
 @pytest.mark.slow
 def test_compile_has_no_graph_break_and_one_graph_for_all_steps():
-    unet = fold(released(replace(CONFIG, layers_per_block=1)), True)
+    unet = fold(released(replace(CONFIG, block_out_channels=(32,), attention=(True,), num_attention_heads=(2,))), True)
     sample, _, embeds, ids = inputs()
     conditions, graphs = unet.condition(embeds), []
 
@@ -261,6 +262,8 @@ def test_compile_has_no_graph_break_and_one_graph_for_all_steps():
         return graph.forward
 
     torch._dynamo.reset()
+    for pattern in (rearrange, repeat):
+        torch.compiler.allow_in_graph(pattern)  # as svd.compile() does
     compiled = torch.compile(unet, fullgraph=True, backend=backend)
     for sigma in (700.0, 10.0, 0.5, 0.002):
         c_noise = 0.25 * torch.tensor(sigma).log()
