@@ -83,6 +83,18 @@ def randomised(module: Module) -> Module:
     return module.eval()
 
 
+def filled(module: Module) -> Module:
+    """A module that was made on "meta", with random numbers: one draw again and again, for there may be billions."""
+    numbers = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in module.to_empty(device="cpu").named_parameters():
+            for part in parameter.view(-1).split(len(numbers)):
+                part.copy_(numbers[: len(part)])
+            if parameter.ndim == 1 and name.endswith("weight"):  # a norm's
+                parameter += 1
+    return module.eval()
+
+
 def original_eps(unet: DiffusersUNet) -> DiffusersUNet:
     """The eps of the original training code in every residual block; diffusers runs most of them at 1e-6."""
     from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock

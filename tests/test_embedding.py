@@ -48,6 +48,12 @@ def inputs(b: int = 2, t: int = 3, h: int = 8, w: int = 8) -> tuple[Tensor, Tens
     return torch.randn(b, t, 8, h, w), torch.linspace(-1, 1, b), torch.randn(b, 1, 48), IDS.repeat(b, 1)[:b]
 
 
+def assert_alike(unet: nn.Module, other: nn.Module) -> None:
+    """The same names, in order, and the same numbers."""
+    pairs = zip(unet.state_dict().items(), other.state_dict().items(), strict=True)
+    assert all(name == its and torch.equal(tensor, number) for (name, tensor), (its, number) in pairs)
+
+
 # --- the door -----------------------------------------------------------------------------------------------------
 
 
@@ -203,9 +209,8 @@ def test_a_level_per_frame_is_each_frames_own():
 def test_fold_is_the_loaders_fold(tiny_folder, vcut):
     ours, loaded = fold(load_unet(tiny_folder), vcut), load_unet(tiny_folder, vcut=vcut)
     assert ours.config == loaded.config
-    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-    again = fold(fold(load_unet(tiny_folder), "lossless"), vcut)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert_alike(loaded, ours)
+    assert_alike(loaded, fold(fold(load_unet(tiny_folder), "lossless"), vcut))
 
 
 def test_a_fold_keeps_mode_and_what_trains_and_a_folded_unet_has_no_way_back():
@@ -253,7 +258,7 @@ def test_a_saved_unet_loads_as_it_was(vcut, tmp_path):
     for folder in (tmp_path, tmp_path / "unet"):  # as a part, and by itself
         loaded = load_unet(folder)
         assert loaded.config == unet.config
-        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in unet.state_dict().items())
+        assert_alike(unet, loaded)
     with pytest.raises(FileExistsError, match="name a new folder"):
         unet.save(tmp_path / "unet")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import minisvd
 from checkpoint_files import small_modules, write_folder, write_single_file
-from conftest import relative_error
+from conftest import filled, relative_error
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, fold, guided_denoiser, sample_euler
 from minisvd.attention import Attention, CachedCondLinear
 from minisvd.checkpoint import resolve
@@ -116,9 +116,9 @@ def test_lossless_is_the_released_function_and_vcut_is_not():
 @pytest.mark.slow
 def test_the_full_configuration_too():
     """1.5 billion random parameters; both builds share all that is not folded."""
-    torch.manual_seed(0)
-    unet = SpatioTemporalUNet(UNetConfig()).eval()
-    given = inputs(b=1, h=8, c_context=1024)
+    with torch.device("meta"):
+        unet = SpatioTemporalUNet(UNetConfig())
+    unet, given = filled(unet), inputs(b=1, h=8, c_context=1024)
     expected = unet(*given)
     lossless = fold(unet, "lossless")
     shared = {p.data_ptr() for p in unet.parameters()}
