@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minisvd
 from minisvd.config import ClipConfig
@@ -14,12 +15,15 @@ from tools.tiny import scenes
 from tools.tiny.captions import CaptionedImages, draw_captioned, tokens
 from tools.tiny.evaluate import (
     Figure,
+    by_scale,
     curves,
     draw_clips,
     evaluate,
     generate,
     images,
     retrieval,
+    scale_picture,
+    scale_table,
     share_figure,
     table,
     video_figures,
@@ -123,6 +127,20 @@ def test_faint_cues_leave_all_but_nose_and_tail():
         before, after = (np.abs(clip - bare).max() for clip in (frames, fainter))
         assert 0 < after <= 0.1 * before + 1
         assert before > 50  # control
+
+
+def test_figures_against_the_scale_are_of_that_scale_s_videos(tmp_path, monkeypatch):
+    """Where one scale gives the true clips and another gives each the next one's, one column is right."""
+    clips = CLIPS[:4]
+    true = [(torch.from_numpy(frames).float() + 1).clamp(max=254) / 255 for *_, frames in clips]
+    made = {1.0: true, 3.0: [*true[1:], true[0]]}
+    monkeypatch.setattr("tools.tiny.evaluate.generate", lambda _svd, _clips, scale: made[scale])
+    columns, videos = by_scale(None, clips, [1.0, 3.0])  # pyright: ignore[reportArgumentType]
+    found = scale_table(columns, [1.0, 3.0]).splitlines()[-1]
+    assert found == "| right in every frame | 100.0 % | 0.0 % |"
+    scale_picture(tmp_path / "scales.png", [1.0, 3.0], {1.0: (columns, videos, clips)})
+    with Image.open(tmp_path / "scales.png") as picture:
+        assert picture.size == (1100, 500)
 
 
 def test_curves_show_where_it_goes_wrong():

@@ -29,6 +29,7 @@ from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, t
 HELD_OUT_SEED = 1_000_003
 BATCH = 8
 CHOICES = 100  # captions that an image is compared with
+SHOWN = ("overlap in the last frame", "right in every frame")  # against the guidance scale
 
 Clip = tuple[scenes.Scene, int, int, np.ndarray]  # scene, fps, motion bucket, true frames [t,3,H,W] as uint8
 
@@ -212,18 +213,53 @@ def table(figures: list[Figure]) -> str:
     return output.table(TITLES, "lrrrl", [figure.row() for figure in figures])
 
 
-def by_scale(svd: StableVideoDiffusion, clips: list[Clip], scales: list[float]) -> str:
-    """The video figures against the guidance scale, as a Markdown table."""
-    columns = []
-    for scale in scales:
-        videos = zip(generate(svd, clips, scale=scale), clips, strict=True)
-        columns.append(video_figures([against_truth(v, scene, bucket, fps) for v, (scene, fps, bucket, _) in videos]))
-    titles = ["measure", *(f"scale {scale:g}" for scale in scales)]
+def by_scale(
+    svd: StableVideoDiffusion, clips: list[Clip], scales: list[float]
+) -> tuple[list[list[Figure]], list[list[Tensor]]]:
+    """The video figures at each guidance scale, and the videos that they are of."""
+    made = [list(generate(svd, clips, scale=scale)) for scale in scales]
+    measured = [
+        [against_truth(video, scene, bucket, fps) for video, (scene, fps, bucket, _) in zip(videos, clips, strict=True)]
+        for videos in made
+    ]
+    return [video_figures(each) for each in measured], made
+
+
+def scale_table(columns: list[list[Figure]], scales: list[float]) -> str:
+    """The figures against the guidance scale, as a Markdown table."""
     rows = [
         [row[0].name, *(f"{figure.shown(figure.value)} {figure.unit}".strip() for figure in row)]
         for row in zip(*columns, strict=True)
     ]
-    return output.table(titles, "l" + "r" * len(scales), rows)
+    return output.table(["measure", *(f"scale {scale:g}" for scale in scales)], "l" + "r" * len(scales), rows)
+
+
+def scale_picture(
+    path: Path, scales: list[float], found: dict[float, tuple[list[list[Figure]], list[list[Tensor]], list[Clip]]]
+) -> None:
+    """Two figures against the scale, a line for each opacity of the cues; last frames with the faintest, a row for each
+    scale, under the true ones."""
+    figure = output.plotting()(figsize=(11, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    for axes, name in zip(left.subplots(2, 1, sharex=True), SHOWN, strict=True):
+        for cues, (columns, _, _) in found.items():
+            row = [next(one for one in column if one.name == name) for column in columns]
+            values, low, high = ([getattr(one, key) for one in row] for key in ("value", "low", "high"))
+            axes.plot(scales, values, marker="o", label=f"nose and tail at {cues:.0%}")
+            axes.fill_between(scales, low, high, alpha=0.2)
+        axes.set(ylabel=name.replace(", ", ",\n"))
+        axes.grid(alpha=0.3)
+    axes.set(xlabel="guidance scale; at 0 the image is not heard")
+    left.axes[0].legend()
+    _, made, clips = found[min(found)]
+    truth = [torch.from_numpy(frames).float() / 255 for *_, frames in clips[:BATCH]]
+    rows = [torch.cat([video[-1] for video in videos[:BATCH]], dim=2) for videos in (truth, *made)]
+    axes = right.subplots()
+    axes.imshow(torch.cat(rows, dim=1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[scenes.SIZE * (i + 0.5) for i in range(len(rows))], title="last frames, faintest cues")
+    axes.set_yticklabels(["true", *(f"{scale:g}" for scale in scales)])
+    with output.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def main() -> None:
@@ -235,15 +271,22 @@ def main() -> None:
         "--scales", type=float, nargs="+", metavar="S", help="only figures against these guidance scales"
     )
     parser.add_argument(
-        "--cues", type=float, default=1.0, metavar="A", help="opacity of nose and tail, with --scales (default: 1)"
+        "--cues", type=float, nargs="+", default=[1.0], metavar="A", help="opacities of nose and tail (default: 1)"
     )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="the figures against the scales, drawn")
     args = parser.parse_args()
     if args.scenes < 4:
         parser.error(f"--scenes is {args.scenes}; need at least 4, one for each quarter of the speeds")
     if not (args.model / TEXT_ENCODER).is_file():
         parser.error(f"{args.model} has no {TEXT_ENCODER}: give a folder that tools.tiny.train wrote")
     if args.scales:
-        print(by_scale(minisvd.load(args.model), draw_clips(args.scenes, cues=args.cues), args.scales))
+        svd, found = minisvd.load(args.model), {}
+        for cues in args.cues:
+            clips = draw_clips(args.scenes, cues=cues)
+            found[cues] = (*by_scale(svd, clips, args.scales), clips)
+            print(f"nose and tail at {cues:.0%}\n\n{scale_table(found[cues][0], args.scales)}\n")
+        if args.picture is not None:
+            scale_picture(args.picture, args.scales, found)
         return
     figures, measured = evaluate(args.model, args.scenes)
     print(
