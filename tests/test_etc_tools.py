@@ -23,7 +23,7 @@ from tools.etc.model import (
     v_of,
     with_time,
 )
-from tools.etc.reader import RIGHT, agrees, parts, read, validate
+from tools.etc.reader import RIGHT, agrees, drift, parts, read, validate
 from tools.tiny import scenes
 
 CONFIG = UNetConfig(4, 4, (64, 64), (True, False), (2, 2), 1, 16, 64, num_time_ids=1)
@@ -61,6 +61,15 @@ def test_frames_without_one_whole_body_are_errors():
     mask = np.zeros((64, 64), bool)
     mask[3:10, 3:10] = mask[20:26, 20:26] = mask[40, 40] = True
     assert [part.sum() for part in parts(mask)] == [49, 36]
+
+
+def test_a_ground_that_changes_its_colour_drifts():
+    """By as much as it changes. Control: in true clips it does not."""
+    for i in range(8):
+        frames = clip(draw(np.random.default_rng(i)), 4).astype(np.float32) / 255
+        assert drift(frames) < 0.02
+        frames[-1] += np.array([0.1, 0, 0], np.float32)[:, None, None]
+        assert drift(frames) == pytest.approx(0.1, abs=0.02)
 
 
 def test_the_rate_alone_fixes_the_pace():

@@ -100,6 +100,16 @@ def read(frames: np.ndarray) -> Reading:
     return Reading(names[colour], shape_of(kept, white, names[colour]), heading, speed, tuple(bodies))
 
 
+def drift(frames: np.ndarray) -> float:
+    """How far the border's median colour gets from the first frame's at most, in RGB, over frames [t,3,64,64].
+
+    The noise that sampling starts with does not hide the mean of a whole grid, so grounds may differ between frames.
+    """
+    border = np.concatenate([frames[..., 0, :], frames[..., -1, :], frames[..., 0], frames[..., -1]], axis=-1)
+    colours = np.median(border, axis=-1)
+    return float(np.linalg.norm(colours - colours[0], axis=1).max())
+
+
 def nearest_heading(angle: float) -> str:
     """The nearest of the eight."""
     return scenes.HEADINGS[round(angle / (np.pi / 4)) % 8]

@@ -29,7 +29,7 @@ from tools.etc.model import (
     new_image_network,
     sample,
 )
-from tools.etc.reader import Reading, agrees, read, share
+from tools.etc.reader import Reading, agrees, drift, read, share
 from tools.measure.metrics import spearman, wilson_interval
 from tools.output import table, write_json
 from tools.tiny import scenes
@@ -101,15 +101,18 @@ def measure(
     unet: Network, vae: Any, text: Any, count: int, steps: int = 50, pairs: list[tuple[str, str]] = PAIRS
 ) -> dict[str, object]:
     """Of `count` unseen captions, spread over the rates: shares right with their intervals, Err., the rank correlation
-    of pace with the rate's, the same with the rates shuffled (which it must not survive), travel at fps 120, and how
-    many colours and shapes are the label's in images at fps 0, and how far these are apart."""
+    of pace with the rate's, the same with the rates shuffled (which it must not survive), how far the ground's colour
+    drifts, travel at fps 120, how many colours and shapes are the label's in images at fps 0, and how far these are
+    apart."""
     scale, rng = GENERATION.guidance[1], np.random.default_rng(HELD_OUT)
     said = [scenes.caption(draw(rng, pairs)) for _ in range(count)]
     rows: list[tuple[Reading, str, float]] = []
+    drifts: list[float] = []
     for i, fps in enumerate(RATES):
         mine = said[i :: len(RATES)]
         made = videos_of(unet, vae, text, mine, fps, steps, scale, seed=1000 * i) if mine else []
         rows += [(read(frames), caption, fps) for frames, caption in zip(made, mine, strict=True)]
+        drifts += [drift(frames) for frames in made]
     right = [agrees(reading, caption, fps) for reading, caption, fps in rows]
     figures: dict[str, object] = {}
     for name, value in share(right).items():
@@ -119,6 +122,7 @@ def measure(
     paces, wanted = [own for own, _ in seen], [of for _, of in seen]
     figures["pace by rank"] = spearman(paces, wanted) if len(set(paces)) > 1 else None
     figures["pace by rank, rates shuffled"] = spearman(paces, rng.permutation(wanted)) if len(set(paces)) > 1 else None
+    figures["drift of the ground's colour"] = float(np.mean(drifts))
     figures["Err."] = float(np.mean([row[0].errors for row in rows]))
     few = said[: max(1, count // 10)]
     still = videos_of(unet, vae, text, few, STILL, steps, scale, seed=8000)
