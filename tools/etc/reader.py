@@ -121,30 +121,29 @@ def noses(frame: np.ndarray) -> np.ndarray:
 
 
 def shape_of(masks: list[np.ndarray], white: list[np.ndarray], colour: str) -> str:
-    """The shape whose drawing, at one of RADII with its nose where the frame's is, covers the masks best."""
+    """The shape whose drawing, at the best of RADII with its nose where the frames' is, covers the masks best."""
     ground = scenes.Background("gradient", "navy", (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0.0, 0.0, 0.0)
-    plain = scenes.Scene("circle", colour, scenes.COLOURS[colour], 8.0, 32.0, 32.0, 0.0, ground)
     some = list(range(0, len(masks), max(1, len(masks) // 4)))  # a few frames tell it
-    scores = dict.fromkeys(scenes.SHAPES, 0.0)
-    for i in some:
-        middle = centre(masks[i])
-        nose = centre(white[i]) - middle if white[i].any() else np.array([1.0, 0.0])
-        heading = float(np.arctan2(nose[1], nose[0]))
-        for shape in scenes.SHAPES:
-            best = 0.0
-            for radius in RADII:
-                scene = replace(plain, shape=shape, radius=radius, heading=heading)
-                drawn = body(scene, middle)
-                drawn = body(scene, 2 * middle - centre(drawn))  # a nose hides a part: what is seen has another middle
-                best = max(best, (drawn & masks[i]).sum() / (drawn | masks[i]).sum())
-            scores[shape] += best
+    seen, middles = np.array([masks[i] for i in some]), np.array([centre(masks[i]) for i in some])
+    noses_at = [centre(white[i]) - middle for i, middle in zip(some, middles, strict=True) if white[i].any()]
+    x, y = np.sum(noses_at or [(1.0, 0.0)], axis=0)
+    plain = scenes.Scene("circle", colour, scenes.COLOURS[colour], 8.0, 32.0, 32.0, float(np.arctan2(y, x)), ground)
+    scores = {}
+    for shape in scenes.SHAPES:
+        each = []
+        for radius in RADII:
+            scene = replace(plain, shape=shape, radius=radius)
+            hidden = np.array([centre(drawn) for drawn in bodies(scene, middles)]) - middles  # by the nose
+            drawn = bodies(scene, middles - hidden)
+            each.append((drawn & seen).sum((1, 2)) / (drawn | seen).sum((1, 2)))
+        scores[shape] = np.max(each, axis=0).sum()
     return max(scores, key=lambda shape: scores[shape])
 
 
-def body(scene: scenes.Scene, at: np.ndarray) -> np.ndarray:
-    """The pixels [y,x] of the body's colour, the scene's shape being at `at`."""
-    frame = scenes.render(scene, at[None])[0] / 255
-    return np.linalg.norm(frame - np.array(scene.rgb)[:, None, None], axis=0) < NEAR
+def bodies(scene: scenes.Scene, places: np.ndarray) -> np.ndarray:
+    """The pixels [t,y,x] of the body's colour, the scene's shape being at `places` [t,2]."""
+    frames = scenes.render(scene, places) / 255
+    return np.linalg.norm(frames - np.array(scene.rgb)[:, None, None], axis=1) < NEAR
 
 
 def agrees(reading: Reading, caption: str, fps: float) -> dict[str, bool]:
