@@ -354,7 +354,7 @@ or a name with placeholders: {stem} of the image's name, {seed}, and {index}, th
     add("--zoom", type=int, default=1, metavar="N", help="enlarge the result N times, each pixel a square (default: 1)")
     add("--decode-chunk", type=int, metavar="N", help="frames decoded at a time: less memory, the same video")
     add("--low-memory", action="store_true", help="least memory, the same video (default on cuda: what fits)")
-    add("--compile", action="store_true", help="compile the UNet, which takes minutes and makes each step faster")
+    add("--compile", action="store_true", help="compile the UNet, for a GPU: minutes at first; on a CPU slower steps")
 
     new(info, [model, placed], "load a model and say what it is made of")
     command = new(verify, [model], "check that every cross-attention is a linear map of the image, whatever the query")
