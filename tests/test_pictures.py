@@ -37,7 +37,7 @@ def test_the_command_draws_what_is_shown(tmp_path):
     assert said.count("1.0000") == 8
     assert [line.split("output ")[1][:14] for line in said if "the output" in line] == [
         "moves not at a",
-        "moves by 11.2%",
+        "moves by 8.8%",
     ]
 
 

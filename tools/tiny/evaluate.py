@@ -249,7 +249,7 @@ def scale_picture(
             axes.fill_between(scales, low, high, alpha=0.2)
         axes.set(ylabel=name.replace(", ", ",\n"))
         axes.grid(alpha=0.3)
-    axes.set(xlabel="guidance scale; at 0 the image is not heard")
+    axes.set(xlabel="guidance scale; 0 is unconditional")
     left.axes[0].legend()
     _, made, clips = found[min(found)]
     truth = [torch.from_numpy(frames).float() / 255 for *_, frames in clips[:BATCH]]
