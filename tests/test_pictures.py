@@ -35,7 +35,7 @@ def test_the_command_draws_what_is_shown(tmp_path):
     assert drawn == shown  # but for numbers, which another processor rounds otherwise
     said = words((tmp_path / "theorem.svg").read_text("utf-8"))
     assert said.count("1.0000") == 8
-    assert [line.split("output ")[1][:14] for line in said if "the output" in line] == [
+    assert [line.split("output ")[1][:14].strip() for line in said if "the output" in line] == [
         "moves not at a",
         "moves by 8.8%",
     ]
