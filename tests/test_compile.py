@@ -34,7 +34,8 @@ def test_one_graph_for_guided_steps_and_one_for_single_ones(tiny_folder: Path) -
     counters.clear()
     svd.compile(backend="eager", fullgraph=True)
     before = graphs()
-    svd(image, **(QUICK | {"cut_step": None}))
+    uncut: dict[str, Any] = QUICK | {"cut_step": None}
+    svd(image, **uncut)
     assert graphs() - before == 1  # control
     frames = svd(image, **QUICK).frames
     print(f"{graphs() - before} graphs, largest difference {(frames - plain).abs().max():.1e}")

@@ -194,7 +194,7 @@ def fast_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.nd
 
     Of clips as they are asked for, half move by less than a third of what the fastest do, and are nearly still.
     """
-    return fast((scenes.random_scene(rng),), rng)
+    return at_a_pace((scenes.random_scene(rng),), rng)
 
 
 def wide_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
@@ -206,14 +206,14 @@ def wide_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.nd
     if kind >= DRAWN + FAINT:
         return fast_clip(rng)
     if kind >= DRAWN:
-        return fast((replace(scenes.random_scene(rng), cues=float(np.exp(rng.uniform(*np.log(FAINTEST))))),), rng)
+        return at_a_pace((replace(scenes.random_scene(rng), cues=float(np.exp(rng.uniform(*np.log(FAINTEST))))),), rng)
     drawing = scenes.random_drawing(rng)
     while sum(drawing[0].background.near + drawing[0].background.far) > BRIGHTEST:
         drawing = scenes.random_drawing(rng)
-    return fast(drawing, rng)
+    return at_a_pace(drawing, rng)
 
 
-def fast(drawn: tuple[scenes.Scene, ...], rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
+def at_a_pace(drawn: tuple[scenes.Scene, ...], rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
     """The clip of these shapes at one random pace; the scene is the first's."""
     pace = scenes.TOP_SPEED / scenes.FPS[0] * rng.random() ** 0.75
     fastest = min(scenes.FPS[1], int(scenes.TOP_SPEED / pace))
@@ -433,18 +433,17 @@ def v_loss(
 
 def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
     """On clips as they are asked for; from there, on more, most of which move fast; from there, on more and wider."""
-    unet = None
-    for stage, draw, count, sigma_mean in (
-        (UNET_VIDEO, scenes.random_clip, POOL, SIGMA_MEAN),
-        (UNET_FAST, fast_clip, FAST_POOL, SIGMA_MEAN),
-        (UNET_WIDE, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN),
-    ):
+
+    def stage(
+        stage: Stage, build: Callable[[], SpatioTemporalUNet], draw: DrawClip, count: int, sigma_mean: float
+    ) -> SpatioTemporalUNet:
         pool = cache(partial(clip_pool, run, f"{stage.name}-clips", draw, count, vae, clip))
         loss = partial(v_loss, run, pool, sigma_mean)
-        build = new_unet if unet is None else partial(copy.deepcopy, unet)
-        unet = fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
-    assert unet is not None
-    return unet
+        return fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
+
+    unet = stage(UNET_VIDEO, new_unet, scenes.random_clip, POOL, SIGMA_MEAN)
+    fast = stage(UNET_FAST, lambda: unet, fast_clip, FAST_POOL, SIGMA_MEAN)
+    return stage(UNET_WIDE, lambda: fast, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN)
 
 
 # Held-out figures, and the folder.
