@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n 2`: a thread for each of t
 
 import pytest
 import torch
+from einops import rearrange, repeat
 
 from minisvd import AutoencoderKLTemporalDecoder, ImageEncoder, SpatioTemporalUNet
 from minisvd.config import ClipConfig, GenerationConfig, UNetConfig, VAEConfig
@@ -93,6 +94,17 @@ def filled(module: Module) -> Module:
             if parameter.ndim == 1 and name.endswith("weight"):  # a norm's
                 parameter += 1
     return module.eval()
+
+
+def einops_in_graphs(whole: bool) -> None:
+    """Does torch.compile take einops' functions whole, as svd.compile() has it, or trace through them, as it does?"""
+    from torch._dynamo.trace_rules import _allowed_callable_ids as allowed
+
+    for function in (rearrange, repeat):
+        if whole:
+            torch.compiler.allow_in_graph(function)
+        elif id(function) in allowed():
+            allowed.remove(id(function))
 
 
 def original_eps(unet: DiffusersUNet) -> DiffusersUNet:

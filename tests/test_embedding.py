@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import minisvd
-from conftest import UNET, UNET_CONFIG, original_eps, randomised, relative_error
+from conftest import UNET, UNET_CONFIG, einops_in_graphs, original_eps, randomised, relative_error
 from minisvd import SpatioTemporalUNet, UNetConfig, checkpoint_activations, fold, load_unet, widen_conv_in
 from minisvd.attention import Attention, BasicTransformerBlock, SpatioTemporalTransformer
 from minisvd.config import Vcut
@@ -491,13 +490,12 @@ def test_compile_and_hooks_take_effect_through_the_pipeline(tiny_folder, way):
 
     expected = video(svd)
     torch._dynamo.reset()
+    einops_in_graphs(whole=way == "torch.compile(unet)")  # which takes a third of the time
     if way == "hook":
         svd.unet.register_forward_hook(lambda *_: seen.append(None))
     elif way == "unet.compile()":
         svd.unet.compile(fullgraph=True, backend=backend)
     else:
-        for pattern in (rearrange, repeat):
-            torch.compiler.allow_in_graph(pattern)  # as svd.compile() does
         svd.unet = torch.compile(svd.unet, fullgraph=True, backend=backend)  # pyright: ignore[reportAttributeAccessIssue]
     assert relative_error(video(svd), expected) <= 1e-4
     if way == "hook":

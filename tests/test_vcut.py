@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import minisvd
 from checkpoint_files import small_modules, write_folder, write_single_file
-from conftest import filled, relative_error
+from conftest import einops_in_graphs, filled, relative_error
 from minisvd import GuidanceSchedule, SpatioTemporalUNet, UNetConfig, edm_sigmas, fold, guided_denoiser, sample_euler
 from minisvd.attention import Attention, CachedCondLinear
 from minisvd.checkpoint import resolve
@@ -262,8 +261,7 @@ def test_compile_has_no_graph_break_and_one_graph_for_all_steps():
         return graph.forward
 
     torch._dynamo.reset()
-    for pattern in (rearrange, repeat):
-        torch.compiler.allow_in_graph(pattern)  # as svd.compile() does
+    einops_in_graphs(whole=True)
     compiled = torch.compile(unet, fullgraph=True, backend=backend)
     for sigma in (700.0, 10.0, 0.5, 0.002):
         c_noise = 0.25 * torch.tensor(sigma).log()

@@ -200,7 +200,7 @@ def fast_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.nd
 def wide_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
     """As `fast_clip`, but some are drawings on dark grounds, and of some the nose and tail hardly show.
 
-    Where they do not, the heading is anybody's guess: there guidance has something to do.
+    Where they do not, the heading is anybody's guess, which was to give guidance something to do, and did not.
     """
     kind = rng.random()
     if kind >= DRAWN + FAINT:
