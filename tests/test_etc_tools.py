@@ -11,7 +11,7 @@ from conftest import relative_error
 from minisvd.config import UNetConfig
 from minisvd.text import TextToVideo
 from tools.etc import experiment, train
-from tools.etc.clips import LABEL, PAIRS, RATES, STILL, clip, draw, make_pool, pace
+from tools.etc.clips import LABEL, PAIRS, RATES, STILL, clip, draw, encoded, make_pool, pace
 from tools.etc.model import (
     FrameByFrame,
     load_text,
@@ -25,6 +25,7 @@ from tools.etc.model import (
 )
 from tools.etc.reader import RIGHT, agrees, drift, parts, read, validate
 from tools.tiny import scenes
+from tools.tiny.captions import tokens
 
 CONFIG = UNetConfig(4, 4, (64, 64), (True, False), (2, 2), 1, 16, 64, num_time_ids=1)
 BASE = Path(__file__).parent.parent / "weights/tiny"
@@ -79,6 +80,29 @@ def test_the_rate_alone_fixes_the_pace():
         assert reading.pace == pytest.approx(pace(fps), rel=0.1)
         assert all(agrees(reading, scenes.caption(scene), fps).values())
         assert not agrees(reading, scenes.caption(scene), 60)["pace"]  # control
+
+
+def test_a_shortened_caption_is_the_caption_without_its_ground():
+    """And one that names none, or that is not chosen, stays as it is."""
+    said = ["a red star moving up left over a navy gradient", "a red star", "a blue circle moving up over a teal glow"]
+    wanted = ["a red star moving up left", "a red star", said[2]]
+    rows = torch.tensor([True, True, False])
+    assert torch.equal(train.shortened(tokens(said), rows), tokens(wanted))
+    assert not torch.equal(train.shortened(tokens(said), ~rows), tokens(wanted))  # control
+
+
+def test_a_still_is_one_frame_as_often_as_a_clip_has_frames(tmp_path: Path):
+    """And the images of a label differ; latents are the float32 encoder's to a hundredth of their spread."""
+    vae = load_vae(BASE)
+    stills, labels = (make_pool(tmp_path / f"{kind}.pt", vae, kind, 2, 0) for kind in ("stills", "labels"))
+    assert stills.clips.shape == labels.clips.shape == (2, scenes.FRAMES, 4, 8, 8)
+    assert (stills.clips == stills.clips[:, :1]).all()
+    assert not (labels.clips == labels.clips[:, :1]).all()  # control
+    frames = clip(draw(np.random.default_rng(1)), 2)
+    exact = vae.config.scaling_factor * vae.encode(torch.from_numpy(scenes.to_unit(frames)))
+    error = (encoded(vae, frames) - exact).std() / exact.std()
+    print(f"relative error of the latents {error:.1e}")
+    assert 0 < error < 1e-2
 
 
 # --- networks -------------------------------------------------------------------------------------------------------

@@ -56,8 +56,11 @@ class Pool:
 
 @torch.no_grad()
 def encoded(vae: AutoencoderKLTemporalDecoder, frames: np.ndarray) -> Tensor:
-    """Frames [t,3,H,W], uint8, one by one -> scaled latents [t,c,h,w]."""
-    return vae.config.scaling_factor * vae.encode(torch.from_numpy(scenes.to_unit(frames)))
+    """Frames [t,3,H,W], uint8, one by one -> scaled latents [t,c,h,w]; bfloat16, channels innermost: twice as fast."""
+    vae.encoder.to(memory_format=torch.channels_last)
+    images = torch.from_numpy(scenes.to_unit(frames)).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return vae.config.scaling_factor * vae.encode(images).contiguous()
 
 
 def label(scene: scenes.Scene) -> str:
@@ -79,14 +82,13 @@ def make_pool(
         for _ in tqdm(range(count), f"{count} {kind}"):
             scene = draw(rng, pairs)
             fps, said = {"clips": int(rng.choice(RATES)), "labels": LABEL, "stills": STILL}[kind], scenes.caption(scene)
-            frames = (
-                clip(scene, max(1, fps)) if kind == "clips" else np.repeat(clip(scene, 1, 1), scenes.FRAMES, axis=0)
-            )
+            frames = clip(scene, max(1, fps), scenes.FRAMES if kind == "clips" else 1)
             if kind == "labels":
                 said = label(scene)
                 drawn = [draw(rng, [(scene.colour, scene.shape)]) for _ in range(scenes.FRAMES)]
                 frames = np.concatenate([clip(one, 1, 1) for one in drawn])
-            rows.append((encoded(vae, frames).half(), torch.tensor(fps), tokens([said])[0]))
+            latents = encoded(vae, frames).expand(scenes.FRAMES, -1, -1, -1)  # of a still, one frame as often
+            rows.append((latents.half(), torch.tensor(fps), tokens([said])[0]))
         with atomic(file) as path:
             torch.save([torch.stack(column) for column in zip(*rows, strict=True)], path)
     return Pool(*torch.load(file))

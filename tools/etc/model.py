@@ -28,6 +28,7 @@ from minisvd.vae import AutoencoderKLTemporalDecoder
 from tools.output import atomic
 from tools.tiny import scenes
 from tools.tiny.captions import CAPTION_LENGTH, TEXT_ENCODER, WORDS, tokens
+from tools.tiny.fit import written_out_attention
 
 DROPPED = 0.1  # of the captions, for guidance
 TEXT = TextConfig(128, 1, 4, 512, CAPTION_LENGTH, len(WORDS) + 2)
@@ -162,7 +163,8 @@ def drawn_loss(unet: Network, clean: Tensor, text: Tensor, empty: Tensor, fps: T
     """The mean of `v_loss` at uniform timesteps, captions dropped from one clip in ten."""
     b = len(clean)
     text = torch.where(torch.rand(b, 1, 1) < DROPPED, empty, text)
-    return v_loss(unet, clean, torch.randint(1000, (b,)), torch.randn_like(clean), text, fps, half=True).mean()
+    with written_out_attention():
+        return v_loss(unet, clean, torch.randint(1000, (b,)), torch.randn_like(clean), text, fps, half=True).mean()
 
 
 @torch.no_grad()

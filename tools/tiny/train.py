@@ -27,7 +27,6 @@ from open_clip.loss import ClipLoss
 from safetensors.torch import save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from minisvd.attention import SpatioTemporalTransformer
@@ -48,7 +47,7 @@ from tools.output import as_image, atomic, save_png
 from tools.tiny import scenes
 from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
 from tools.tiny.evaluate import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
-from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
+from tools.tiny.fit import Run, Stage, fit, muon_and_adamw, written_out_attention
 
 VAE = VAEConfig(block_out_channels=(96, 64, 64, 96))  # three channels to a group of the last norms: see `linear_start`
 CLIP = ClipConfig(
@@ -78,8 +77,9 @@ SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 WIDE_SIGMA_MEAN = 1.6  # of the last stage: what is wrong with the form is so at all levels above 1
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
-POOL, FAST_POOL, WIDE_POOL = 6000, 8000, 12000  # clips whose latents the UNet learns from, for each of its stages
-DRAWN, FAINT = 0.1, 0.12  # shares of the last: drawings on dark grounds, and scenes whose nose and tail hardly show
+MISTAKEN = 0.3  # of the last stage's clips: their condition is another clip's
+POOL, FAST_POOL, WIDE_POOL, GUIDED_POOL = 6000, 8000, 12000, 4000  # clips the UNet learns from, for each of its stages
+DRAWN, FAINT = 0.1, 0.12  # shares of the wide: drawings on dark grounds, and scenes whose nose and tail hardly show
 FAINTEST, BRIGHTEST = (0.02, 0.5), 1.05  # range of their opacity; of a drawing's ground, near and far colours' sum
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
 
@@ -89,7 +89,8 @@ CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
 UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 UNET_FAST = Stage("unet-fast", steps=3200, batch=16, lr=1e-3, report=800, hold=0.4)
 UNET_WIDE = Stage("unet-wide", steps=7000, batch=16, lr=1e-3, report=1000, hold=0.3)
-STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE)
+UNET_GUIDED = Stage("unet-guided", steps=2400, batch=16, lr=8e-4, report=600, hold=0.2)
+STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE, UNET_GUIDED)
 DrawClip = Callable[[np.random.Generator], tuple[scenes.Scene, int, float, np.ndarray]]  # as `scenes.random_clip`
 
 
@@ -198,15 +199,19 @@ def fast_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.nd
 
 
 def wide_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
-    """As `fast_clip`, but some are drawings on dark grounds, and of some the nose and tail hardly show.
+    """As `drawn_clip`, but of some the nose and tail hardly show.
 
     Where they do not, the heading is anybody's guess, which was to give guidance something to do, and did not.
     """
-    kind = rng.random()
-    if kind >= DRAWN + FAINT:
-        return fast_clip(rng)
-    if kind >= DRAWN:
+    if rng.random() < FAINT:
         return at_a_pace((replace(scenes.random_scene(rng), cues=float(np.exp(rng.uniform(*np.log(FAINTEST))))),), rng)
+    return drawn_clip(rng)
+
+
+def drawn_clip(rng: np.random.Generator) -> tuple[scenes.Scene, int, float, np.ndarray]:
+    """As `fast_clip`, but some are drawings on dark grounds."""
+    if rng.random() >= DRAWN:
+        return fast_clip(rng)
     drawing = scenes.random_drawing(rng)
     while sum(drawing[0].background.near + drawing[0].background.far) > BRIGHTEST:
         drawing = scenes.random_drawing(rng)
@@ -402,6 +407,7 @@ def v_loss(
     run: Run,
     clips: Callable[[], dict[str, Tensor]],
     sigma_mean: float,
+    mistaken: float,
     unet: SpatioTemporalUNet,
     rng: np.random.Generator,
     batch: int,
@@ -410,13 +416,16 @@ def v_loss(
 
     A batch's noise levels are one of each of as many equally likely parts of that normal distribution.
     The condition frame has noise of a log-normal deviation, which is told; the whole condition is dropped, embedding
-    and latent together, from one clip in ten, for guidance. The network runs in bfloat16 on float32 weights.
+    and latent together, from one clip in ten, for guidance. Of a share `mistaken` it is another clip's, told as if it
+    were this one's: where the noise hides which, the network then trusts it by no more than 1 - mistaken, and guidance
+    by 1 / (1 - mistaken) is what makes up for that. The network runs in bfloat16 on float32 weights.
     """
     pool = clips()
     rows = torch.from_numpy(rng.integers(len(pool["latents"]), size=batch))
     draw = torch.from_numpy(rng.integers(NOISE_DRAWS, size=batch))
-    y, embeds, ids = (pool[name][rows] for name in ("latents", "embeds", "ids"))
-    latent, noise_aug = (pool[name][rows, draw] for name in ("first", "noise_aug"))
+    y, ids = (pool[name][rows] for name in ("latents", "ids"))
+    told = torch.where(torch.rand(batch) < mistaken, rows.roll(1), rows)
+    embeds, latent, noise_aug = pool["embeds"][told], pool["first"][told, draw], pool["noise_aug"][told, draw]
     keep = (torch.rand(batch, device=run.device) >= CONDITION_DROPOUT).float()
     latent, embeds = latent * keep[:, None, None, None], embeds * keep[:, None, None]
     spread = (torch.arange(batch, device=run.device) + torch.rand(batch, device=run.device)) / batch
@@ -426,24 +435,31 @@ def v_loss(
     sample = torch.cat([c_in * x, repeat(latent, "b c h w -> b t c h w", t=y.shape[1])], dim=2)
     ids = torch.cat([ids, noise_aug[:, None]], dim=1)
     weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
-    with sdpa_kernel(SDPBackend.MATH):  # for so few tokens the written-out kernel is the faster one
+    with written_out_attention():
         output = functional_call(unet, weights, (sample.bfloat16(), c_noise.flatten(), embeds.bfloat16(), ids))
     return (output.float() - (y - c_skip * x) / c_out).square().mean()
 
 
 def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
-    """On clips as they are asked for; from there, on more, most of which move fast; from there, on more and wider."""
+    """On clips as they are asked for, on more, most of which move fast, on more and wider ones, and at last under
+    conditions that may be another clip's, which is what guidance is for; each from the last one's weights."""
 
     def stage(
-        stage: Stage, build: Callable[[], SpatioTemporalUNet], draw: DrawClip, count: int, sigma_mean: float
+        stage: Stage,
+        build: Callable[[], SpatioTemporalUNet],
+        draw: DrawClip,
+        count: int,
+        sigma_mean: float,
+        mistaken: float = 0.0,
     ) -> SpatioTemporalUNet:
         pool = cache(partial(clip_pool, run, f"{stage.name}-clips", draw, count, vae, clip))
-        loss = partial(v_loss, run, pool, sigma_mean)
+        loss = partial(v_loss, run, pool, sigma_mean, mistaken)
         return fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
 
     unet = stage(UNET_VIDEO, new_unet, scenes.random_clip, POOL, SIGMA_MEAN)
     fast = stage(UNET_FAST, lambda: unet, fast_clip, FAST_POOL, SIGMA_MEAN)
-    return stage(UNET_WIDE, lambda: fast, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN)
+    wide = stage(UNET_WIDE, lambda: fast, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN)
+    return stage(UNET_GUIDED, lambda: wide, drawn_clip, GUIDED_POOL, WIDE_SIGMA_MEAN, MISTAKEN)
 
 
 # Held-out figures, and the folder.
