@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .attention import CROSS, BasicTransformerBlock, sinusoidal_embedding
-from .config import NUM_GROUPS, SETTINGS, UNetConfig, Vcut
+from .config import NUM_GROUPS, Setting, UNetConfig, Vcut
 from .sampler import Denoise, preconditioning
 from .unet import Conditions, ResnetBlock2D, SpatioTemporalUNet
 from .vae import in_float32
@@ -149,9 +149,7 @@ def sd_sigmas() -> Tensor:
 def ddim_sigmas(n: int) -> Tensor:
     """The levels [n+1] of n steps of DDIM as diffusers takes them ("leading", offset 1): at timesteps 1 + i (1000 // n)
     from the last i down, then the first level of all, not 0. Raises ValueError for n < 1 or n > 999."""
-    n = SETTINGS["steps"].check("number of steps", n)
-    if n > 999:
-        raise ValueError(f"number of steps is {n}; need at most 999, as the model knows 1000 noise levels")
+    n = Setting(True, 1, 999, why=", as the model knows 1000 noise levels").check("number of steps", n)
     levels = sd_sigmas()
     return torch.cat([levels[1 + torch.arange(n - 1, -1, -1, device="cpu") * (1000 // n)], levels[:1]])
 

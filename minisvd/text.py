@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .checkpoint import Checkpoint, locate, on_meta, read_header, resolve
 from .config import GenerationConfig, Setting, UNetConfig, Vcut, check, shown
@@ -157,6 +158,7 @@ class TextToVideo:
         generator = torch.Generator("cpu").manual_seed(check("seed", seed))
         shape = 1, t, self.unet.config.in_channels, own.size[1] // factor, own.size[0] // factor
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(keys.device)
-        latents = sample_euler(denoise, noise, sigmas) / (1 + sigmas[-1].item() ** 2) ** 0.5
-        frames = self.vae.decode(latents, own.decode_chunk)[0].float().cpu()
+        with tqdm(total=len(sigmas) - 1, desc="denoising", unit="step", disable=None) as bar:  # on a terminal
+            latents = sample_euler(denoise, noise, sigmas, lambda *_: bar.update())
+        frames = self.vae.decode(latents / (1 + sigmas[-1].item() ** 2) ** 0.5, own.decode_chunk)[0].float().cpu()
         return Video(((frames + 1) / 2).clamp(0, 1), fps)

@@ -286,7 +286,7 @@ def test_a_sentence_becomes_a_video(spoken: Path, tmp_path: Path, capsys: pytest
         (["--text", "a blue star"], "the model does not know 'blue'; need at most 76 of: a red star moving up"),
         (["--text", "a " * 77], "the text has 77 words; need at most 76"),
         (["--text", "a star", "--fps", "0"], "fps is 0; need a number from 1 to 60, in frames per second"),
-        (["--text", "a star", "--steps", "2000"], "number of steps is 2000; need at most 999"),
+        (["--text", "a star", "--steps", "2000"], "number of steps is 2000; need a whole number from 1 to 999, as"),
         (["--text", "a star", "x.png"], "a video is made of an image or of a --text: leave one of them out"),
     ],
 )
