@@ -192,6 +192,45 @@ def test_wide_clips_are_some_drawings_and_some_scenes_that_do_not_say_where_they
     assert all(scene.cues == 1 for scene, *_ in fast)  # control
 
 
+class Listener(nn.Module):
+    """A network that says nothing and keeps what it is told: rows of embedding, latent, and of the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, sample: Tensor, _level: Tensor, embeds: Tensor, ids: Tensor) -> Tensor:
+        self.heard.append((embeds[:, 0, 0], sample[:, 0, 4, 0, 0], ids))
+        return self.weight * sample[:, :, :4]
+
+
+@pytest.mark.parametrize("mistaken", [0.0, 0.3])
+def test_a_share_of_the_conditions_is_wholly_another_clips(tmp_path, mistaken):
+    """Embedding, latent and its noise are of one clip, the numbers of the clip itself; or the condition is dropped.
+    Control: with a share of 0 none is another's."""
+    n, clip = 64, torch.arange(64.0) + 1
+    pool = {
+        "latents": torch.randn(n, 2, 4, 8, 8),
+        "embeds": clip.view(n, 1, 1).expand(n, 1, 8),
+        "ids": torch.stack([clip, clip], dim=1),
+        "first": clip.view(n, 1, 1, 1, 1).expand(n, recipe.NOISE_DRAWS, 4, 8, 8),
+        "noise_aug": clip[:, None].expand(n, recipe.NOISE_DRAWS),
+    }
+    run, listener = Run(tmp_path, (STAGE,), torch.device("cpu"), 0), Listener()
+    torch.manual_seed(0)
+    for _ in range(20):
+        recipe.v_loss(run, lambda: pool, 1.0, mistaken, listener, np.random.default_rng(0), 64)  # pyright: ignore
+    embeds, latents, ids = (torch.cat(each) for each in zip(*listener.heard, strict=True))
+    kept = embeds > 0
+    assert 0 < (~kept).float().mean() < 2 * recipe.CONDITION_DROPOUT
+    assert torch.equal(embeds, latents)
+    assert torch.equal(embeds[kept], ids[kept, 2])
+    wrong = (ids[:, 0] != ids[:, 2]).float().mean()
+    print(f"another clip's: {wrong:.1%}")
+    assert wrong == 0 if mistaken == 0 else abs(wrong - mistaken) < 0.05
+
+
 def test_every_parameter_has_one_optimizer():
     unet = SpatioTemporalUNet(CONFIG)
     muon, adamw = (group["params"] for each in muon_and_adamw(unet, 1e-3) for group in each.param_groups)

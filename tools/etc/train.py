@@ -36,8 +36,8 @@ from tools.tiny import scenes
 from tools.tiny.captions import WORDS
 from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
 
-IMAGES = Stage("etc-images", steps=4000, batch=128, lr=1.5e-3, report=500, hold=0.3)
-CLIPS = Stage("etc-clips", steps=6000, batch=16, lr=1e-3, report=500, hold=0.3)
+IMAGES = Stage("etc-images", steps=2500, batch=128, lr=1.5e-3, report=500, hold=0.3)
+CLIPS = Stage("etc-clips", steps=5000, batch=16, lr=1e-3, report=500, hold=0.3)
 COUNTS = {"clips": 4000, "labels": 500, "stills": 500}
 SHARES = {"clips": 0.7, "labels": 0.15, "stills": 0.15}  # the paper names none
 SHORT = 0.3  # of the captions: those that leave the ground to chance, as people do
