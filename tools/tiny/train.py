@@ -1,6 +1,6 @@
 """Train the tiny model from nothing: `python -m tools.tiny.train`. Stop it at will; the same command goes on.
 
-Four stages, each from the last one's result: the VAE on single frames, its temporal decoder on clips, the image
+Stages, each from the last one's result: the VAE on single frames, its temporal decoder on clips, the image
 encoder against captions, the UNet with the EDM v-loss on latents. The data are the endless clips of `scenes.py`.
 At the end come held-out figures and the folder, in the layout of the published models.
 
@@ -77,8 +77,8 @@ SIGMA_MEAN, SIGMA_STD = 1.0, 1.6  # of ln sigma (arXiv 2311.15127, appendix D)
 WIDE_SIGMA_MEAN = 1.6  # of the last stage: what is wrong with the form is so at all levels above 1
 NOISE_AUG_MEAN, NOISE_AUG_STD = -3.0, 0.5  # of ln noise_aug
 CONDITION_DROPOUT = 0.1
-MISTAKEN = 0.3  # of the last stage's clips: their condition is another clip's
-POOL, FAST_POOL, WIDE_POOL, GUIDED_POOL = 6000, 8000, 12000, 4000  # clips the UNet learns from, for each of its stages
+POOL, FAST_POOL, WIDE_POOL = 6000, 8000, 12000  # clips whose latents the UNet learns from, for each of its stages
+MISTAKEN, MISTAKEN_POOL = 0.3, 4000  # of the study's second model: the share under another clip's condition; its clips
 DRAWN, FAINT = 0.1, 0.12  # shares of the wide: drawings on dark grounds, and scenes whose nose and tail hardly show
 FAINTEST, BRIGHTEST = (0.02, 0.5), 1.05  # range of their opacity; of a drawing's ground, near and far colours' sum
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
@@ -89,8 +89,8 @@ CLIP_CAPTIONS = Stage("clip", steps=450, batch=256, lr=1e-3, report=100)
 UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 UNET_FAST = Stage("unet-fast", steps=3200, batch=16, lr=1e-3, report=800, hold=0.4)
 UNET_WIDE = Stage("unet-wide", steps=7000, batch=16, lr=1e-3, report=1000, hold=0.3)
-UNET_GUIDED = Stage("unet-guided", steps=2400, batch=16, lr=8e-4, report=600, hold=0.2)
-STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE, UNET_GUIDED)
+UNET_MISTAKEN = Stage("unet-mistaken", steps=2400, batch=16, lr=8e-4, report=600, hold=0.2)
+STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE, UNET_MISTAKEN)
 DrawClip = Callable[[np.random.Generator], tuple[scenes.Scene, int, float, np.ndarray]]  # as `scenes.random_clip`
 
 
@@ -441,25 +441,34 @@ def v_loss(
 
 
 def train_unet(run: Run, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder) -> SpatioTemporalUNet:
-    """On clips as they are asked for, on more, most of which move fast, on more and wider ones, and at last under
-    conditions that may be another clip's, which is what guidance is for; each from the last one's weights."""
+    """On clips as they are asked for; from there, on more, most of which move fast; from there, on more and wider."""
+    unet = unet_stage(run, UNET_VIDEO, new_unet, scenes.random_clip, POOL, SIGMA_MEAN, vae, clip)
+    fast = unet_stage(run, UNET_FAST, lambda: unet, fast_clip, FAST_POOL, SIGMA_MEAN, vae, clip)
+    return unet_stage(run, UNET_WIDE, lambda: fast, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN, vae, clip)
 
-    def stage(
-        stage: Stage,
-        build: Callable[[], SpatioTemporalUNet],
-        draw: DrawClip,
-        count: int,
-        sigma_mean: float,
-        mistaken: float = 0.0,
-    ) -> SpatioTemporalUNet:
-        pool = cache(partial(clip_pool, run, f"{stage.name}-clips", draw, count, vae, clip))
-        loss = partial(v_loss, run, pool, sigma_mean, mistaken)
-        return fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
 
-    unet = stage(UNET_VIDEO, new_unet, scenes.random_clip, POOL, SIGMA_MEAN)
-    fast = stage(UNET_FAST, lambda: unet, fast_clip, FAST_POOL, SIGMA_MEAN)
-    wide = stage(UNET_WIDE, lambda: fast, wide_clip, WIDE_POOL, WIDE_SIGMA_MEAN)
-    return stage(UNET_GUIDED, lambda: wide, drawn_clip, GUIDED_POOL, WIDE_SIGMA_MEAN, MISTAKEN)
+def train_mistaken(
+    run: Run, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder
+) -> SpatioTemporalUNet:
+    """From there, under conditions of which a share is another clip's: a network that needs guidance, for the study."""
+    return unet_stage(run, UNET_MISTAKEN, lambda: unet, drawn_clip, MISTAKEN_POOL, WIDE_SIGMA_MEAN, vae, clip, MISTAKEN)
+
+
+def unet_stage(
+    run: Run,
+    stage: Stage,
+    build: Callable[[], SpatioTemporalUNet],
+    draw: DrawClip,
+    count: int,
+    sigma_mean: float,
+    vae: AutoencoderKLTemporalDecoder,
+    clip: ImageEncoder,
+    mistaken: float = 0.0,
+) -> SpatioTemporalUNet:
+    """What `build` returns, trained on `count` clips, which are drawn and encoded if there is still a step to do."""
+    pool = cache(partial(clip_pool, run, f"{stage.name}-clips", draw, count, vae, clip))
+    loss = partial(v_loss, run, pool, sigma_mean, mistaken)
+    return fit(run, stage, build, loss, lambda unet: quick_look(run, unet, vae, clip), muon_and_adamw)
 
 
 # Held-out figures, and the folder.
@@ -503,11 +512,14 @@ def train(rank: int, args: argparse.Namespace) -> None:
     vae = train_vae_video(run, vae)
     clip = train_clip(run)
     unet = train_unet(run, vae, clip.image)
+    mistaken = train_mistaken(run, copy.deepcopy(unet), vae, clip.image) if args.mistaken else None
     if rank == 0:
         torch.set_num_threads(args.processes)
         run.log(export(args.out, unet, vae, clip))
         figures, _ = evaluate(args.out, count=200)
         run.log(f"200 unseen scenes\n\n{table(figures)}\n")
+        if mistaken is not None:
+            run.log(export(args.work / "mistaken", mistaken, vae, clip))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -520,6 +532,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=cores, help="share each batch among so many processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--finish", action="store_true", help="train no more: measure and write what there is")
+    parser.add_argument(
+        "--mistaken", action="store_true", help="then train the study's second model, into the folder WORK/mistaken"
+    )
     args = parser.parse_args(argv)
     args.processes = 1 if args.finish else args.processes
     if args.processes < 1:
