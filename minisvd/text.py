@@ -128,7 +128,7 @@ class TextToVideo:
         """Of a folder as for `load_sd`, with SVD's `vae/`, `generation_config.json` and `text_encoder/words.json`; by
         default the one beside the weights of tiny. Raises as `load_sd` does."""
         if folder == "tiny-etc" and not (folder := (locate("tiny") or Path()).with_name("tiny-etc")).is_dir():
-            raise FileNotFoundError(f"tiny-etc has no weights in {folder}: python -m tools.etc.train makes them")
+            raise FileNotFoundError(f"the weights of tiny-etc are not in {folder}: reinstall")
         found = resolve(folder, parts=["vae"])
         self.words: list[str] = read_json(found.path / "text_encoder/words.json")["words"]
         self.unet, self.text = load_sd(found.path, **how)
