@@ -54,7 +54,8 @@ def test_python_block_runs(checkout):
     assert (checkout / "folded/config.json").is_file()
 
 
-READMES = {ROOT / folder / "README.md" for folder in ("", "tools", "tools/teach", "weights", "weights/tiny")}
+FOLDERS = ("", "tools", "tools/teach", "weights", "weights/tiny", "weights/tiny-etc")
+READMES = {ROOT / folder / "README.md" for folder in FOLDERS}
 READMES |= {ROOT / "tools/embedding.md"}
 
 

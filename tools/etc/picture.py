@@ -44,8 +44,8 @@ def main() -> None:
         for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(picture.numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
+        row[1].set_title(f"“{caption}”, {fps} fps", fontsize=10)
         row[0].set_title("the grid of its latents", fontsize=9)
-        row[1].set_title(f"“{caption}”, {fps} frames a second", fontsize=10)
     with atomic(args.out) as path, torch.no_grad():
         figure.savefig(path, dpi=100, format="png")
     print(args.out)
