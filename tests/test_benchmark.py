@@ -10,7 +10,8 @@ from tools.cost import benchmark
 from tools.cost.accounting import unet_cost
 from tools.cost.benchmark import CONFIGS, PARTS, beside_the_first, main, matmul_rate, measured_peak, ratio, rounds
 
-TINY = {"config": "tiny", "size": "64x64", "frames": 2, "repeats": 1}
+# Of 64x64 the deepest level would be one pixel, where a group of two channels has two values: its norm magnifies rounding.
+TINY = {"config": "tiny", "size": "128x64", "frames": 2, "repeats": 1}
 QUICK = TINY | {"video-repeats": 1, "steps": 2, "cut-step": 2}
 
 
@@ -34,7 +35,7 @@ def test_a_quick_run_has_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         if row["part"] in ("guided", "single", "encode", "decode"):
             assert row["counted"] > 0
     guided, single = (next(row for row in rows if row["part"] == part) for part in ("guided", "single"))
-    macs = unet_cost(CONFIGS["tiny"], 2, (8, 8), 2).macs
+    macs = unet_cost(CONFIGS["tiny"], 2, (16, 8), 2).macs
     assert guided["flops"] == pytest.approx(2 * macs / guided["seconds"])
     assert guided["share"] == pytest.approx(guided["flops"] / report["matmul"]["float32"])
     assert guided["counted"] > 1.5 * single["counted"]

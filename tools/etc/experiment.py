@@ -233,7 +233,7 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="ETC's claims at a tiny scale.")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", type=int, help="of each arm (default: 3 of A, B and B0, else 1)")
+    parser.add_argument("--seeds", type=int, default=3, help="at most; A, B and B0 have three, the others one")
     parser.add_argument("--base", type=Path, default=Path("weights/tiny"), help="the folder of VAE and encoders")
     parser.add_argument("--work", type=Path, default=Path("runs/etc-experiment"), help="pools, checkpoints, results")
     parser.add_argument("--out", type=Path, default=Path("tools/results/etc"), help="report, figures and pictures")
@@ -249,8 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         pools[name] = make_pool(args.work / f"{name}.pt", vae, kind, max(8, int(count * args.share)), 0, pairs)
     pools["held"] = make_pool(args.work / "held.pt", vae, "clips", max(4, int(32 * args.share)), HELD_OUT)
     runs, attention, stage = {}, {}, replace(scaled(ARM, args.share), report=max(1, min(50, int(50 * args.share))))
-    for seed in range(args.seeds or 3):
-        wanted = [ARMS[name] for name in args.arms if seed < (args.seeds or ARMS[name].seeds)]
+    for seed in range(args.seeds):
+        wanted = [ARMS[name] for name in args.arms if seed < ARMS[name].seeds]
         if not wanted:
             continue
         (folder := args.work / f"base-{seed}").mkdir(exist_ok=True)
