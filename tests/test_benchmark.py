@@ -10,7 +10,7 @@ from tools.cost import benchmark
 from tools.cost.accounting import unet_cost
 from tools.cost.benchmark import CONFIGS, PARTS, beside_the_first, main, matmul_rate, measured_peak, ratio, rounds
 
-# Of 64x64 the deepest level would be one pixel, where a group of two channels has two values: its norm magnifies rounding.
+# Of 64x64 the deepest level would be one pixel: a norm of two channels there magnifies rounding a hundredfold.
 TINY = {"config": "tiny", "size": "128x64", "frames": 2, "repeats": 1}
 QUICK = TINY | {"video-repeats": 1, "steps": 2, "cut-step": 2}
 

@@ -13,9 +13,10 @@ from torch import Tensor, distributed, multiprocessing, nn
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
 from minisvd.vae import AutoencoderKLTemporalDecoder
+from tools.cost.benchmark import seconds
 from tools.tiny import scenes
 from tools.tiny import train as recipe
-from tools.tiny.fit import Muon, Run, Stage, fit, muon_and_adamw, orthogonalised, orthogonalised_together
+from tools.tiny.fit import Muon, Run, Stage, fit, half, muon_and_adamw, orthogonalised, orthogonalised_together
 from tools.tiny.train import decode_frames, mean_psnr
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,19 @@ CONFIG = UNetConfig(
     cross_attention_dim=8,
     addition_time_embed_dim=8,
 )
+
+
+def test_half_is_no_slower_than_float32():
+    """A CPU without products of bfloat16 computes them a number at a time; training then takes float32."""
+    times = {}
+    for dtype in (half(torch.device("cpu")), torch.float32, torch.float64):
+        a = torch.randn(512, 512).to(dtype)
+        _ = a @ a
+        times[dtype] = min(seconds(lambda a=a: a @ a, "cpu") for _ in range(5))
+    print({str(dtype): f"{1e3 * found:.2f} ms" for dtype, found in times.items()})
+    assert times[half(torch.device("cpu"))] < 1.5 * times[torch.float32]
+    assert times[torch.float64] > 1.5 * times[torch.float32]  # control: the clock tells them apart
+    assert half(torch.device("cuda")) == torch.bfloat16  # whose range training needs, where a run would take float16
 
 
 class Stopped(Exception):

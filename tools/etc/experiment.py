@@ -233,7 +233,7 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="ETC's claims at a tiny scale.")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=3, help="at most; A, B and B0 have three, the others one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of A, B, B0; else 0 alone")
     parser.add_argument("--base", type=Path, default=Path("weights/tiny"), help="the folder of VAE and encoders")
     parser.add_argument("--work", type=Path, default=Path("runs/etc-experiment"), help="pools, checkpoints, results")
     parser.add_argument("--out", type=Path, default=Path("tools/results/etc"), help="report, figures and pictures")
@@ -247,9 +247,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, count in POOLS.items():
         kind, pairs = ("clips", SEEN) if name == "few" else (name, PAIRS)
         pools[name] = make_pool(args.work / f"{name}.pt", vae, kind, max(8, int(count * args.share)), 0, pairs)
-    pools["held"] = make_pool(args.work / "held.pt", vae, "clips", max(4, int(32 * args.share)), HELD_OUT)
-    runs, attention, stage = {}, {}, replace(scaled(ARM, args.share), report=max(1, min(50, int(50 * args.share))))
-    for seed in range(args.seeds):
+    pools["held"] = make_pool(args.work / "held.pt", vae, "clips", 32 if args.share >= 0.1 else 4, HELD_OUT)
+    stage = scaled(ARM, args.share)
+    runs, attention, stage = {}, {}, replace(stage, report=max(1, min(stage.report, stage.steps // 12)))
+    for seed in args.seeds:
         wanted = [ARMS[name] for name in args.arms if seed < ARMS[name].seeds]
         if not wanted:
             continue

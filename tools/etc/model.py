@@ -28,7 +28,7 @@ from minisvd.vae import AutoencoderKLTemporalDecoder
 from tools.output import atomic
 from tools.tiny import scenes
 from tools.tiny.captions import CAPTION_LENGTH, TEXT_ENCODER, WORDS, tokens
-from tools.tiny.fit import written_out_attention
+from tools.tiny.fit import half, written_out_attention
 
 DROPPED = 0.1  # of the captions, for guidance
 TEXT = TextConfig(128, 1, 4, 512, CAPTION_LENGTH, len(WORDS) + 2)
@@ -138,33 +138,40 @@ class FrameByFrame(SpatialUNet):
         return out[:, 0].unflatten(0, (b, t))
 
 
-def v_of(unet: Network, x: Tensor, timestep: Tensor, text: Tensor, fps: Tensor, half: bool = False) -> Tensor:
-    """The prediction [b,t,c,h,w] of either kind of network; `half` computes it in bfloat16, on float32 weights."""
+def v_of(
+    unet: Network, x: Tensor, timestep: Tensor, text: Tensor, fps: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The prediction [b,t,c,h,w] of either kind of network, computed in this dtype, on float32 weights."""
     given = x, timestep, text, fps
     if not isinstance(unet, SpatialUNet):
         given = x, timestep.float(), text, fps.float()[:, None]
-    if not half:
-        return unet(*given)
-    weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
-    return functional_call(unet, weights, (x.bfloat16(), given[1], text.bfloat16(), given[3])).float()
+    weights = {name: weight.to(dtype) for name, weight in unet.named_parameters()}
+    return functional_call(unet, weights, (x.to(dtype), given[1], text.to(dtype), given[3])).float()
 
 
 def v_loss(
-    unet: Network, clean: Tensor, timestep: Tensor, noise: Tensor, text: Tensor, fps: Tensor, half: bool = False
+    unet: Network,
+    clean: Tensor,
+    timestep: Tensor,
+    noise: Tensor,
+    text: Tensor,
+    fps: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """|v - (sqrt(a) noise - sqrt(1 - a) x_0)|^2 at x = sqrt(a) x_0 + sqrt(1 - a) noise, mean over a clip: [b]."""
     sigma = sd_sigmas().to(clean.device)[timestep][:, None, None, None, None]
     signal = (1 + sigma**2).rsqrt()  # sqrt(a)
     x = signal * (clean + sigma * noise)
-    return (v_of(unet, x, timestep, text, fps, half) - signal * (noise - sigma * clean)).square().mean((1, 2, 3, 4))
+    return (v_of(unet, x, timestep, text, fps, dtype) - signal * (noise - sigma * clean)).square().mean((1, 2, 3, 4))
 
 
 def drawn_loss(unet: Network, clean: Tensor, text: Tensor, empty: Tensor, fps: Tensor) -> Tensor:
     """The mean of `v_loss` at uniform timesteps, captions dropped from one clip in ten."""
     b = len(clean)
     text = torch.where(torch.rand(b, 1, 1) < DROPPED, empty, text)
-    with written_out_attention():
-        return v_loss(unet, clean, torch.randint(1000, (b,)), torch.randn_like(clean), text, fps, half=True).mean()
+    with written_out_attention(clean.device):
+        timestep, noise = torch.randint(1000, (b,)), torch.randn_like(clean)
+        return v_loss(unet, clean, timestep, noise, text, fps, half(clean.device)).mean()
 
 
 @torch.no_grad()

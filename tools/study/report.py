@@ -91,8 +91,8 @@ mean of the arm's figure less the baseline's for the same scene and noise. It is
 Student's t over the scenes is at most 0.05 after Holm's correction for all comparisons of its family, so that of all
 bold figures of a family, at a chance of 95 %, none is an accident. The baseline is `vcut="lossless"`, guided in every
 step: the released function. Work is multiply-accumulates of the UNet by minisvd's formulas, over those of `vcut=False`.
-Sampling is in float32; frames are decoded in bfloat16, alike in every arm, which bounds how near two videos can come in
-PSNR; 100 dB are equal frames.
+Sampling is in float32; frames are decoded in bfloat16 where the processor multiplies it, alike in every arm, which
+bounds how near two videos can come in PSNR; 100 dB are equal frames.
 
 *Right*: the shape is in every frame, of the true form in each one and with an overlap of at least 0.7; its heading is
 within 30 degrees where it travels at least 4 pixels, its colour within 0.1 (RGB). Overlap is intersection over union

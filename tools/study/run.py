@@ -54,11 +54,12 @@ from tools.study.arms import BASELINE, FAMILIES, RELEASED, Arm, Family, Plan
 from tools.study.deepcache import DeepCache
 from tools.tiny import scenes
 from tools.tiny.evaluate import HELD_OUT_SEED, Clip, images
+from tools.tiny.fit import half
 
 TAKEN = (0, HELD_OUT_SEED)  # seeds of training, and of the scenes that it is measured on
 NOISE_AUG = 0.02
 BATCH = 8
-EQUAL_PSNR = 100.0  # decibels that equal frames count as; the rounding of bfloat16 leaves fewer to all others
+EQUAL_PSNR = 100.0  # decibels that equal frames count as; rounding leaves fewer to all others
 TIMED = ("headline", "frontier", "builds")  # families
 PICTURED = 3  # scenes in the pictures, each with a motion bucket of at least
 LIVELY = 130
@@ -82,7 +83,7 @@ def encoder(spec: str) -> metrics.Features:
 class Bench:
     """A model in its three builds, and what measures its videos: one for each process.
 
-    Sampling is in float32. Frames are decoded in bfloat16, alike for every arm: decoding is much of the work.
+    Sampling is in float32. Frames are decoded in `half`, alike for every arm: decoding is much of the work.
     Raises ValueError for a model of other pictures than the scenes', for an unknown encoder, and what `minisvd.load`
     raises.
     """
@@ -98,7 +99,7 @@ class Bench:
             "lossless": minisvd.load_unet(plan.model, vcut="lossless"),
             True: minisvd.load_unet(plan.model, vcut=True),
         }
-        self.decoder = copy.deepcopy(self.svd.vae).bfloat16()
+        self.decoder = copy.deepcopy(self.svd.vae).to(half(torch.device("cpu")))
         for module in self.decoder.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU

@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from minisvd.checkpoint import checked_dtype
 from tools.output import atomic
 from tools.tiny import scenes
 
@@ -22,6 +23,16 @@ EMA_DECAY = 0.999
 SAVE_EVERY = 60  # seconds
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def half(device: torch.device) -> torch.dtype:
+    """bfloat16, or float32 on a CPU that has no products of it: there they would take fifty times as long."""
+    return torch.float32 if checked_dtype("auto", device) == torch.float32 else torch.bfloat16
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Products in `half`, on weights in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=half(device) == torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Run:
                 file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.device)
 
     def unit(self, frames: np.ndarray) -> Tensor:
         """uint8 frames to a tensor in [-1, 1] on the device."""
@@ -156,9 +167,12 @@ def fit(
 
 
 @contextmanager
-def written_out_attention() -> Iterator[None]:
-    """Attention as two products and a softmax, in bfloat16 if that is what it is given: for as few tokens as ours, and
-    for its gradients above all, faster on a CPU than the fused kernel."""
+def written_out_attention(device: torch.device) -> Iterator[None]:
+    """Where `half` is bfloat16: attention as two products and a softmax in it. For as few tokens as ours, and for its
+    gradients above all, that is faster on a CPU than the fused kernel; in float32 it is slower."""
+    if half(device) == torch.float32:
+        yield
+        return
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # a switch of all devices, whatever its name
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
@@ -177,7 +191,7 @@ class Muon(torch.optim.Optimizer):
 
     A step so changes every direction of a matrix by as much, not only the few that dominate its gradient. Kernels
     count as matrices [c_out, (c_in kernel)]. O has mean square 1/max(m, n), so a step's root mean square is 0.4 lr, an
-    AdamW step's size. O comes of five Newton-Schulz iterations in bfloat16, for all matrices of one shape at once.
+    AdamW step's size. O comes of five Newton-Schulz iterations in `half`, for all matrices of one shape at once.
     Source: K. Jordan et al., "Muon", 2024; the scale is that of arXiv 2502.16982.
     """
 
@@ -224,7 +238,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     """U V^T of each matrix U S V^T, [k, m, n], about: five iterations bring singular values near 1 (0.7 to 1.2)."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(half(x.device))
     for _ in range(5):  # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

@@ -47,7 +47,7 @@ from tools.output import as_image, atomic, save_png
 from tools.tiny import scenes
 from tools.tiny.captions import TEXT_ENCODER, CaptionedImages, draw_captioned, tokens
 from tools.tiny.evaluate import BATCH, HELD_OUT_SEED, draw_clips, evaluate, generate, table, video_figures
-from tools.tiny.fit import Run, Stage, fit, muon_and_adamw, written_out_attention
+from tools.tiny.fit import Run, Stage, fit, half, muon_and_adamw, written_out_attention
 
 VAE = VAEConfig(block_out_channels=(96, 64, 64, 96))  # three channels to a group of the last norms: see `linear_start`
 CLIP = ClipConfig(
@@ -306,8 +306,8 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
     def decode(vae: AutoencoderKLTemporalDecoder, video: Tensor, noise: float) -> Tensor:
         z = encode_video(run, vae, video)
         z = (z + noise * torch.randn_like(z)) / VAE.scaling_factor
-        weights = {name: weight.bfloat16() for name, weight in vae.decoder.named_parameters()}
-        return functional_call(vae.decoder, weights, (z.bfloat16(),))
+        weights = {name: weight.to(half(run.device)) for name, weight in vae.decoder.named_parameters()}
+        return functional_call(vae.decoder, weights, (z.to(half(run.device)),))
 
     def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
         frames, silhouettes = draw_videos(rng, batch)
@@ -418,7 +418,7 @@ def v_loss(
     The condition frame has noise of a log-normal deviation, which is told; the whole condition is dropped, embedding
     and latent together, from one clip in ten, for guidance. Of a share `mistaken` it is another clip's, told as if it
     were this one's: where the noise hides which, the network then trusts it by no more than 1 - mistaken, and guidance
-    by 1 / (1 - mistaken) is what makes up for that. The network runs in bfloat16 on float32 weights.
+    by 1 / (1 - mistaken) is what makes up for that. The network runs in `half`, on float32 weights.
     """
     pool = clips()
     rows = torch.from_numpy(rng.integers(len(pool["latents"]), size=batch))
@@ -434,9 +434,10 @@ def v_loss(
     x = y + sigma[:, None, None, None, None] * torch.randn_like(y)
     sample = torch.cat([c_in * x, repeat(latent, "b c h w -> b t c h w", t=y.shape[1])], dim=2)
     ids = torch.cat([ids, noise_aug[:, None]], dim=1)
-    weights = {name: weight.bfloat16() for name, weight in unet.named_parameters()}
-    with written_out_attention():
-        output = functional_call(unet, weights, (sample.bfloat16(), c_noise.flatten(), embeds.bfloat16(), ids))
+    dtype = half(run.device)
+    weights = {name: weight.to(dtype) for name, weight in unet.named_parameters()}
+    with written_out_attention(run.device):
+        output = functional_call(unet, weights, (sample.to(dtype), c_noise.flatten(), embeds.to(dtype), ids))
     return (output.float() - (y - c_skip * x) / c_out).square().mean()
 
 
