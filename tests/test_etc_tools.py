@@ -260,7 +260,9 @@ def test_the_experiment_reports_and_goes_on(tmp_path: Path):
     assert all(len(run["curve"]) == 2 for run in found["runs"].values())
     assert 0 < found["attention"]["A-0"] < 1
     assert found["filter_auc"] > 0.9
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"curves.png", "attention-A-0.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"arms.png", "curves.png", "attention-A-0.png"}
     (tmp_path / "out/reading.md").write_text("What a person says of it.\n")
     experiment.main(given)
-    assert (tmp_path / "out/experiment.md").read_text() == report + "\nWhat a person says of it.\n\n"
+    made, rest = report.split("\n\n")[1], report.split("\n\n")[2]
+    said = f"{made}\n\nWhat a person says of it.\n\n{rest}"
+    assert (tmp_path / "out/experiment.md").read_text() == report.replace(f"{made}\n\n{rest}", said)

@@ -24,12 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import minisvd
 from minisvd.etc import SpatialUNet, to_grid
 from tools.etc.clips import PAIRS, RATES, Pool, clip, draw, make_pool
 from tools.etc.model import (
+    GENERATION,
     FrameByFrame,
     Network,
     config_for,
@@ -41,8 +43,8 @@ from tools.etc.model import (
     v_loss,
     with_time,
 )
-from tools.etc.train import IMAGES, batch_of, drawn_loss, measure, scaled, train_images
-from tools.output import as_image, plotting, save_png, table, write_json
+from tools.etc.train import IMAGES, batch_of, drawn_loss, measure, scaled, train_images, videos_of
+from tools.output import as_image, atomic, plotting, save_png, table, write_json
 from tools.tiny import scenes
 from tools.tiny.captions import tokens
 from tools.tiny.evaluate import load_pair
@@ -55,6 +57,8 @@ POOLS = {"clips": 3000, "few": 300, "labels": 400, "stills": 400}
 LEVELS = (50, 250, 500, 750, 950)
 WRONG = 0.3  # of the filter's pool
 HELD_OUT = 4_000_037
+LOSS = "held-out v-loss"
+SHOWN, SHOWN_FPS = "a red star moving up right over a navy gradient", 2  # what the picture of the arms shows
 
 
 @dataclass(frozen=True)
@@ -192,28 +196,41 @@ def cell(value: Any) -> str:
     return f"{value:.3f}"
 
 
+def measures(runs: dict[str, Any], names: list[str]) -> str:
+    """A table of these measures, a row for each arm and seed."""
+    rows = [[key, run["asks"], *(cell(run["figures"].get(name)) for name in names)] for key, run in runs.items()]
+    return table(["arm-seed", "what it is", *names], "ll" + "r" * len(names), rows)
+
+
 def markdown(found: dict[str, Any], reading: str) -> str:
     """Every arm and seed with its measures; percentages with 95 % intervals."""
-    runs = found["runs"]
+    ends = {key: list(run["curve"].values())[-1] for key, run in found["runs"].items()}
+    runs = {key: run | {"figures": {LOSS: ends[key]} | run["figures"]} for key, run in found["runs"].items()}
     names = list(dict.fromkeys(name for run in runs.values() for name in run["figures"]))
-    rows = []
-    for key, run in runs.items():
-        last = list(run["curve"].values())
-        rows.append(
-            [key, run["asks"], f"{last[-1]:.4f}" if last else "", *(cell(run["figures"].get(name)) for name in names)]
-        )
+    main = [name for name in names if name in (LOSS, "colour", "shape", "heading") or name.startswith("pace")]
     beside = [f"The filter tells right captions from wrong ones with an AUC of {found['filter_auc']:.3f}."]
     for key, share in found["attention"].items():
         uniform = (scenes.FRAMES - 1) / scenes.FRAMES
         beside.append(f"Attention of {key} to other frames: {share:.3f} of it; if it were uniform, {uniform:.3f}.")
-    titles = ["arm-seed", "what it is", "held-out v-loss", *names]
-    parts = [
-        "# ETC's claims at a tiny scale",
-        found["made"],
-        table(titles, "ll" + "r" * (len(titles) - 2), rows),
-        "\n".join(beside),
+    pictures = [
+        "![Held-out loss by step, a line for each arm and seed](curves.png)",
+        f"![What each arm of the first seed makes of “{SHOWN}” at {SHOWN_FPS} frames a second](arms.png)",
     ]
-    return "\n\n".join([*parts, *([reading] if reading else [])]) + "\n"
+    rest = measures(runs, [name for name in names if name not in main])
+    parts = ["# ETC's claims at a tiny scale", found["made"], reading, measures(runs, main), *pictures, rest, *beside]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def draw_arms(shown: dict[str, np.ndarray], path: Path) -> None:
+    """A row of frames [t,3,H,W] for each arm."""
+    figure = plotting()(figsize=(9, 1.1 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axes, (name, frames) in zip(rows, shown.items(), strict=True):
+        axes.imshow(rearrange(frames, "t c h w -> h (t w) c"), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    with atomic(path) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 def draw_curves(found: dict[str, Any], path: Path) -> None:
@@ -227,7 +244,8 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
         axes.plot(steps, list(run["curve"].values()), color=f"C{arms.index(arm)}", label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="held-out v-loss", yscale="log")
     axes.legend(ncols=2)
-    figure.savefig(path, dpi=120)
+    with atomic(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -249,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         pools[name] = make_pool(args.work / f"{name}.pt", vae, kind, max(8, int(count * args.share)), 0, pairs)
     pools["held"] = make_pool(args.work / "held.pt", vae, "clips", 32 if args.share >= 0.1 else 4, HELD_OUT)
     stage = scaled(ARM, args.share)
-    runs, attention, stage = {}, {}, replace(stage, report=max(1, min(stage.report, stage.steps // 12)))
+    runs, shown, attention, stage = {}, {}, {}, replace(stage, report=max(1, min(stage.report, stage.steps // 12)))
     for seed in args.seeds:
         wanted = [ARMS[name] for name in args.arms if seed < ARMS[name].seeds]
         if not wanted:
@@ -266,6 +284,9 @@ def main(argv: list[str] | None = None) -> None:
             if not result.exists():
                 pairs = [pair for pair in PAIRS if pair not in SEEN] if arm.unseen else PAIRS
                 write_json(result, measure(unet, vae, text, args.measured, args.steps, pairs=pairs))
+            if seed == args.seeds[0]:
+                scale = GENERATION.guidance[1]
+                shown[arm.name] = videos_of(unet, vae, text, [SHOWN], SHOWN_FPS, args.steps, scale)[0]
             runs[f"{arm.name}-{seed}"] = {"asks": arm.asks, "curve": curve, "figures": json.loads(result.read_text())}
             if arm.name in ("A", "E") and isinstance(unet, SpatialUNet):
                 shares = frame_to_frame(unet, pools["held"], text)
@@ -273,14 +294,17 @@ def main(argv: list[str] | None = None) -> None:
                 grey = torch.from_numpy(shares / shares.max())[..., None].expand(-1, -1, 3)
                 save_png(as_image(grey.float(), zoom=24), args.out / f"attention-{arm.name}-{seed}.png")
     made = (
-        f"{stage.steps} steps of {stage.batch} clips an arm, {args.measured} captions, {args.steps} steps of sampling."
+        f"{scaled(BASE, args.share).steps} steps of {BASE.batch} frames, then {stage.steps} of {stage.batch} clips an "
+        f"arm, from {len(pools['clips'].fps)} clips; {args.measured} captions, {args.steps} steps of sampling."
     )
     found = {"made": made, "runs": runs, "attention": attention, "filter_auc": filter_auc(args.base, args.measured)}
     write_json(args.out / "experiment.json", found)
     own = args.out / "reading.md"
     report = markdown(found, own.read_text(encoding="utf-8") if own.is_file() else "")
-    (args.out / "experiment.md").write_text(report, encoding="utf-8")
+    with atomic(args.out / "experiment.md") as file:
+        file.write_text(report, encoding="utf-8")
     draw_curves(found, args.out / "curves.png")
+    draw_arms(shown, args.out / "arms.png")
     print(report)
 
 
