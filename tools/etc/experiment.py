@@ -262,9 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     text, vae = load_text(args.base), load_vae(args.base)
     pools = {}
-    for name, count in POOLS.items():
+    for name in sorted({"clips"}.union(*(ARMS[arm].shares for arm in args.arms))):  # clips are the base's too
         kind, pairs = ("clips", SEEN) if name == "few" else (name, PAIRS)
-        pools[name] = make_pool(args.work / f"{name}.pt", vae, kind, max(8, int(count * args.share)), 0, pairs)
+        pools[name] = make_pool(args.work / f"{name}.pt", vae, kind, max(8, int(POOLS[name] * args.share)), 0, pairs)
     pools["held"] = make_pool(args.work / "held.pt", vae, "clips", 32 if args.share >= 0.1 else 4, HELD_OUT)
     stage = scaled(ARM, args.share)
     runs, shown, attention, stage = {}, {}, {}, replace(stage, report=max(1, min(stage.report, stage.steps // 12)))
