@@ -248,6 +248,16 @@ def test_training_writes_a_folder_and_goes_on(tmp_path: Path):
     assert video.frames.shape == (8, 3, 64, 64)
 
 
+def test_what_few_clips_show_has_every_colour_and_every_shape():
+    """And so has what they leave out: what is new there is the pair. Control: every second pair has half the shapes."""
+    rest = [pair for pair in PAIRS if pair not in experiment.SEEN]
+    for pairs in (experiment.SEEN, rest):
+        assert len(pairs) == len(PAIRS) / 2
+        assert {colour for colour, _ in pairs} == set(scenes.COLOURS)
+        assert {shape for _, shape in pairs} == set(scenes.SHAPES)
+    assert {shape for _, shape in PAIRS[::2]} != set(scenes.SHAPES)  # control
+
+
 @pytest.mark.slow
 def test_the_experiment_reports_and_goes_on(tmp_path: Path):
     """Two arms, one seed; the second run finds all done and writes the same report."""
@@ -266,3 +276,5 @@ def test_the_experiment_reports_and_goes_on(tmp_path: Path):
     made, rest = report.split("\n\n")[1], report.split("\n\n")[2]
     said = f"{made}\n\nWhat a person says of it.\n\n{rest}"
     assert (tmp_path / "out/experiment.md").read_text() == report.replace(f"{made}\n\n{rest}", said)
+    with pytest.raises(SystemExit):  # pools and checkpoints of another share
+        experiment.main([*given, "--share", "0.0006"])

@@ -52,7 +52,8 @@ from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
 
 BASE = replace(IMAGES, name="base", steps=3500)
 ARM = Stage("arm", steps=1600, batch=16, lr=1e-3, report=50)
-SEEN = PAIRS[::2]  # of the 32 pairs of colour and shape, those that the clips of F and A1 show
+# Of the 32 pairs of colour and shape, those that the clips of F and A1 show: half of each colour's and of each shape's.
+SEEN = [pair for i, pair in enumerate(PAIRS) if (i // len(scenes.SHAPES) + i) % 2 == 0]
 POOLS = {"clips": 3000, "few": 300, "labels": 400, "stills": 400}
 LEVELS = (50, 250, 500, 750, 950)
 WRONG = 0.3  # of the filter's pool
@@ -260,6 +261,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of sampling (default: %(default)s)")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
+    begun = args.work / "share"
+    if begun.exists() and float(begun.read_text()) != args.share:
+        parser.error(f"{args.work} was begun with --share {begun.read_text()}: give that, or another --work")
+    begun.write_text(str(args.share))
     text, vae = load_text(args.base), load_vae(args.base)
     pools = {}
     for name in sorted({"clips"}.union(*(ARMS[arm].shares for arm in args.arms))):  # clips are the base's too
@@ -280,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for arm in wanted:
             unet, curve = train_arm(arm, seed, base, stage, args.work, pools, text)
-            result = args.work / f"{arm.name}-{seed}/figures.json"
+            result = args.work / f"{arm.name}-{seed}/figures-{args.measured}-{args.steps}.json"
             if not result.exists():
                 pairs = [pair for pair in PAIRS if pair not in SEEN] if arm.unseen else PAIRS
                 write_json(result, measure(unet, vae, text, args.measured, args.steps, pairs=pairs))
