@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import re
+from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -42,6 +43,14 @@ def tiny(vcut: Vcut = False) -> SpatioTemporalUNet:
     )
 
 
+refusing = cache(small)  # what is refused leaves it as it is
+
+
+def one_level() -> SpatioTemporalUNet:
+    sizes = {"block_out_channels": (32,), "attention": (True,), "num_attention_heads": (2,), "layers_per_block": 1}
+    return small("lossless", **sizes)
+
+
 def inputs(b: int = 2, t: int = 3, h: int = 8, w: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
     return torch.randn(b, t, 8, h, w), torch.linspace(-1, 1, b), torch.randn(b, 1, 48), IDS.repeat(b, 1)[:b]
@@ -61,7 +70,7 @@ def assert_alike(unet: nn.Module, other: nn.Module) -> None:
 @torch.no_grad()
 def test_one_row_stands_for_all(vcut, which):
     """In float64, as others here: how a processor rounds a product of another shape is no part of it."""
-    unet, (sample, *given) = small(vcut).double(), (x.double() for x in inputs())
+    unet, (sample, *given) = tiny(vcut).double(), (x.double() for x in inputs())
     names = ["c_noise", "image_embeds", "added_time_ids"]
     one = [x[:1] if which in (name, "all") else x for name, x in zip(names, given, strict=True)]
     rows = [x.expand(2, *x.shape[1:]).contiguous() for x in one]
@@ -99,7 +108,7 @@ def test_sizes_that_do_not_agree_are_refused_in_one_sentence(vcut, which, wrong)
     given = list(inputs())
     given[which] = wrong
     with pytest.raises(ValueError, match=re.escape(str(list(wrong.shape)))) as caught:
-        small(vcut)(*given)
+        refusing(vcut)(*given)
     assert "\n" not in str(caught.value)
 
 
@@ -479,9 +488,7 @@ def test_autocast(vcut):
 def test_compile_and_hooks_take_effect_through_the_pipeline(tiny_folder, way):
     """One graph serves every step and image; guidance cut, or another size, is at most one more for each."""
     svd, seen = minisvd.load(tiny_folder), []
-    svd.unet = small(
-        "lossless", block_out_channels=(32,), attention=(True,), num_attention_heads=(2,), layers_per_block=1
-    )
+    svd.unet = one_level()
 
     def backend(graph: Any, _inputs: Any) -> Any:
         seen.append(graph)
@@ -516,9 +523,10 @@ def test_compile_and_hooks_take_effect_through_the_pipeline(tiny_folder, way):
 
 
 def test_export_with_any_batch_frames_and_size():
+    """Of one level, for it takes long; tools/embedding.md has three of them made into an ONNX file."""
     from torch.export import Dim, export
 
-    unet, auto = tiny("lossless"), Dim.AUTO  # pyright: ignore[reportAttributeAccessIssue]
+    unet, auto = one_level(), Dim.AUTO  # pyright: ignore[reportAttributeAccessIssue]
     rows = {0: auto}
     program = export(unet, inputs(h=4, w=6), dynamic_shapes=({0: auto, 1: auto, 3: auto, 4: auto}, rows, rows, rows))
     for b, t, h, w in ((3, 5, 6, 4), (4, 2, 8, 10)):

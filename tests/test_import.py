@@ -31,16 +31,17 @@ def test_import_loads_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_every_public_name_costs_under_half_a_second_beyond_torch():
+def test_every_public_name_costs_a_quarter_of_torch_at_most():
+    """In processor time of one process, so that it holds on slow machines, too."""
     code = (
-        "import torch, time; start = time.process_time(); import minisvd;"
-        "[getattr(minisvd, name) for name in minisvd.HOME]; print(time.process_time() - start)"
+        "import time; start = time.process_time(); import torch; torch_s = time.process_time() - start; import minisvd;"
+        "[getattr(minisvd, name) for name in minisvd.HOME]; print((time.process_time() - start) / torch_s - 1)"
     )
-    seconds = [float(run(code))]
-    while seconds[-1] >= 0.5 and len(seconds) < 3:  # the least of three, if the first is not enough
-        seconds.append(float(run(code)))
-    print(*(f"{each:.2f}" for each in seconds), "s of processor time")
-    assert seconds[-1] < 0.5
+    shares = [float(run(code))]
+    while shares[-1] > 0.25 and len(shares) < 3:  # the least of three, if the first is not enough
+        shares.append(float(run(code)))
+    print(*(f"{each:.2f}" for each in shares), "of what torch costs")
+    assert 0 < shares[-1] <= 0.25
 
 
 def test_help_and_version_do_not_import_torch():

@@ -76,13 +76,14 @@ def make_pool(
     count: int,
     seed: int,
     pairs: list[tuple[str, str]] = PAIRS,
+    rates: tuple[int, ...] = RATES,
 ) -> Pool:
-    """Of `kind` "clips", "labels" (fps 0) or "stills" (fps 120); made once, into `file`."""
+    """Of `kind` "clips", at these rates, "labels" (fps 0) or "stills" (fps 120); made once, into `file`."""
     if not file.exists():
         rng, rows = np.random.default_rng([seed, len(kind)]), []
         for _ in tqdm(range(count), f"{count} {kind}"):
             scene = draw(rng, pairs)
-            fps, said = {"clips": int(rng.choice(RATES)), "labels": LABEL, "stills": STILL}[kind], scenes.caption(scene)
+            fps, said = {"clips": int(rng.choice(rates)), "labels": LABEL, "stills": STILL}[kind], scenes.caption(scene)
             frames = clip(scene, max(1, fps), scenes.FRAMES if kind == "clips" else 1)
             if kind == "labels":
                 said = label(scene)

@@ -1,4 +1,7 @@
-"""Train the tiny ETC: `python -m tools.etc.train`. Stop it at will; the same command goes on.
+"""Train the tiny ETC. Stop it at will; the same command goes on.
+
+    python -m tools.etc.train                                       from nothing, two stages
+    python -m tools.etc.train --more weights/tiny-etc --seed 1      a finished one further, on fresh clips
 
 First the network learns captioned images, one frame at a time, then clips as grids, with the rates and the two other
 kinds of triple data; the VAE and the captions' encoder are the tiny model's. At the end it is measured on 200 unseen
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minisvd.etc import SpatialUNet
+from minisvd.text import load_sd
 from tools.etc.clips import LABEL, PAIRS, RATES, STILL, Pool, draw, make_pool, pace
 from tools.etc.model import (
     GENERATION,
@@ -39,6 +43,9 @@ from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
 IMAGES = Stage("etc-images", steps=2500, batch=128, lr=1.5e-3, report=500, hold=0.3)
 CLIPS = Stage("etc-clips", steps=5000, batch=16, lr=1e-3, report=500, hold=0.3)
 COUNTS = {"clips": 4000, "labels": 500, "stills": 500}
+MORE = Stage("etc-more", steps=1500, batch=16, lr=5e-4, report=250, hold=0.2)
+MORE_COUNTS = {"clips": 1500, "labels": 300, "stills": 300}
+MORE_RATES = (1, 2, 4, *RATES)  # the three at which what goes wrong goes wrong, twice as often
 SHARES = {"clips": 0.7, "labels": 0.15, "stills": 0.15}  # the paper names none
 SHORT = 0.3  # of the captions: those that leave the ground to chance, as people do
 OVER, END = 1 + WORDS.index("over"), len(WORDS) + 1
@@ -173,20 +180,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("weights/tiny-etc"), help="the folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("runs/etc"), help="pools, checkpoints and the log")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", type=Path, help="the folder of a finished model, to be trained further")
     parser.add_argument("--share", type=float, default=1.0, help="of steps and clips, for a trial (default: all)")
     parser.add_argument("--measured", type=int, default=200, help="unseen captions (default: %(default)s)")
     parser.add_argument("--finish", action="store_true", help="train no more: measure and write what there is")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    stages = scaled(IMAGES, args.share), scaled(CLIPS, args.share)
+    stages = tuple(scaled(stage, args.share) for stage in ((MORE,) if args.more else (IMAGES, CLIPS)))
+    counts, rates = (MORE_COUNTS, MORE_RATES) if args.more else (COUNTS, RATES)
     run = Run(args.work, stages, torch.device("cpu"), args.seed, args.finish)
     text, vae = load_text(args.base), load_vae(args.base)
     pools = {
-        kind: make_pool(args.work / f"{kind}.pt", vae, kind, max(8, int(count * args.share)), args.seed)
-        for kind, count in COUNTS.items()
+        kind: make_pool(args.work / f"{kind}.pt", vae, kind, max(8, int(count * args.share)), args.seed, rates=rates)
+        for kind, count in counts.items()
     }
-    images = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
-    unet = train_clips(run, stages[1], text, pools, images, SHARES)
+    if args.more:
+        network = load_sd(args.more, dtype="float32")[0].requires_grad_(True)
+    else:
+        network = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
+    unet = train_clips(run, stages[-1], text, pools, network, SHARES)
     assert isinstance(unet, SpatialUNet)
     export(args.out, unet, text, vae)
     figures = measure(unet, vae, text, args.measured, steps=GENERATION.steps if args.share == 1 else 3)

@@ -80,7 +80,7 @@ assert video.frames.shape == (T, 3, H, W)
 strip(video.frames, 2)
 
 # %%
-at = [0, 3, 6, 9, 12, 15, 18, 21, 24]
+at = range(len(steps))
 
 
 def decoded(latents: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ beside({name: strip(frames[[0, T - 1]]) for name, frames in estimates.items()}, 
 # the level; the key; fps - 1, motion bucket and noise augmentation.
 
 # %%
-step, sigma, x, _ = steps[12]
+step, sigma, x, _ = steps[len(steps) // 2]
 c_skip, c_out, c_in, c_noise = minisvd.preconditioning(sigma)
 sample = torch.cat([c_in * x, latent[:, None].expand(-1, T, -1, -1, -1)], dim=2)
 given = sample, c_noise, key, torch.tensor([[6, 127, 0.02]])

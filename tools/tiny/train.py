@@ -68,7 +68,7 @@ UNET = UNetConfig(
     addition_time_embed_dim=32,
 )
 GENERATION = GenerationConfig(
-    num_frames=scenes.FRAMES, guidance=(1.5, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
+    num_frames=scenes.FRAMES, steps=10, guidance=(1.5, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
 )
 
 KL_WEIGHT = 1e-4  # of the KL divergence per latent number, against the loss per colour value
