@@ -193,9 +193,10 @@ def account(args: argparse.Namespace) -> None:
         raise ValueError(f"size is {width}x{height}; need multiples of {pixels} pixels")
     cut = check("cut_step", generation.steps + 1 if args.cut_step is None else args.cut_step)
     guided = min(cut - 1, generation.steps) if set(generation.guidance) != {1} else 0
-    one, two = (count(config, t, (width // factor, height // factor), b, grid) for b in (1, 2))
-    branches, rows, single = (2, two, generation.steps - guided) if guided else (1, one, generation.steps)
-    run = {"guided": guided, "single": single, "macs": guided * two[0].macs + single * one[0].macs}
+    calls = {b: n for b, n in ((2, guided), (1, generation.steps - guided)) if n}
+    counts = {b: count(config, t, (width // factor, height // factor), b, grid) for b in calls}
+    branches, rows = next(iter(counts.items()))
+    run = {"guided": guided, "single": calls.get(1, 0), "macs": sum(n * counts[b][0].macs for b, n in calls.items())}
     layer = r"(\.\w+\.\d+)?" if args.tree else ""
     shown = [row for row in rows if re.fullmatch(rf"\w*(?<!_blocks)|\w+_blocks\.\d+{layer}|mid_block{layer}", row.name)]
     names = [economy.name for economy in ECONOMIES if args.memory and not grid]  # ETC's memory is not known
@@ -209,7 +210,7 @@ def account(args: argparse.Namespace) -> None:
     print(f"UNet of {args.model}: {branches} x {t} frames of {width}x{height}; G = 10^9 MACs a step")
     for name, parameters, macs in [*shown[1:], shown[0]]:
         print(f"{name or 'total':<29}{parameters:>15,}{macs / 1e9:>12,.2f} G")
-    print(f"{guided} guided steps, of two branches, and {single} single: {run['macs'] / 1e12:,.2f} T")
+    print(f"{guided} guided steps, of two branches, and {calls.get(1, 0)} single: {run['macs'] / 1e12:,.2f} T")
     for name, need in memory.items():
         print(f"{need / 1e9:7.1f} GB on the device, {name}")
 
@@ -236,8 +237,7 @@ def load(args: argparse.Namespace) -> StableVideoDiffusion:
     from .pipeline import load
 
     device, dtype = place(args)
-    names = ("variant", "revision", "offline", "low_memory")
-    chosen: dict[str, Any] = {name: getattr(args, name, False) for name in names}
+    chosen: Any = {name: getattr(args, name, False) for name in ("variant", "revision", "offline", "low_memory")}
     svd = load(args.model, device=device, dtype=dtype, vcut=args.vcut and VCUT[args.vcut], **chosen)
     return svd.compile() if getattr(args, "compile", False) else svd
 
