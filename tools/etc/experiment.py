@@ -165,12 +165,13 @@ def filter_auc(base: Path, count: int) -> float:
 @torch.no_grad()
 def frame_to_frame(unet: SpatialUNet, pool: Pool, text: nn.Module) -> np.ndarray:
     """Fig. 11: [t,t], what share of the attention of one frame's tokens goes to each frame, in the middle of the U, the
-    mean over heads, tokens and clips at half the noise levels."""
+    mean over heads, tokens and clips at half the noise levels, with noise that is always the same."""
     seen: list[Tensor] = []
     attention: Any = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     hook = attention.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     clips = pool.clips.float()
-    unet(clips + 1.6 * torch.randn(clips.shape), torch.tensor(500), text(pool.ids), pool.fps)
+    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(HELD_OUT))
+    unet(clips + 1.6 * noise, torch.tensor(500), text(pool.ids), pool.fps)
     hook.remove()
     x, n = seen[0], attention.num_heads
     q, k = (layer(x).unflatten(2, (n, -1)).transpose(1, 2) for layer in (attention.to_q, attention.to_k))  # pyright: ignore
