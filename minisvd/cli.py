@@ -210,7 +210,7 @@ def account(args: argparse.Namespace) -> None:
     print(f"UNet of {args.model}: {branches} x {t} frames of {width}x{height}; G = 10^9 MACs a step")
     for name, parameters, macs in [*shown[1:], shown[0]]:
         print(f"{name or 'total':<29}{parameters:>15,}{macs / 1e9:>12,.2f} G")
-    print(f"{guided} guided steps, of two branches, and {calls.get(1, 0)} single: {run['macs'] / 1e12:,.2f} T")
+    print(f"{guided} guided steps, of two branches, and {run['single']} single: {run['macs'] / 1e12:,.2f} T")
     for name, need in memory.items():
         print(f"{need / 1e9:7.1f} GB on the device, {name}")
 

@@ -212,6 +212,8 @@ def test_the_three_kinds_of_data_are_what_they_say(tmp_path: Path):
         assert fps is None or (pool.fps == fps).all()
         assert (pool.clips[:, :1] == pool.clips).all().item() == (kind == "stills")
         assert torch.equal(make_pool(tmp_path / f"{kind}.pt", vae, kind, 3, seed=1).clips, pool.clips)
+    fast = make_pool(tmp_path / "fast.pt", vae, "clips", 3, seed=0, rates=(4,))
+    assert set(fast.fps.tolist()) == {4} != set(make_pool(tmp_path / "clips.pt", vae, "clips", 3, seed=0).fps.tolist())
     assert {draw(np.random.default_rng(i), PAIRS[:1]).colour for i in range(5)} == {PAIRS[0][0]}
 
 

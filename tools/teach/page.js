@@ -342,7 +342,7 @@ function drawLedger(data) {
   function choose() {
     const {steps} = data.costs[select.value];
     Object.assign($("cut"), {max: steps + 1});
-    $("cut").value = Math.min(data.cut, steps + 1);
+    $("cut").value = Math.round(data.cut / 25 * steps);
     show();
   }
   select.addEventListener("input", choose);

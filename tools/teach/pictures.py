@@ -30,7 +30,7 @@ LIGHT = {"ground": "#ffffff", "ink": "#1f2328", "faint": "#59636e", "line": "#8c
 LIGHT |= {"time": "#ffddc2", "sca": "#0b5cd5", "tca": "#b34700", "mark": "#ffffff", "edge": "#59636e"}
 DARK = {"ground": "#0d1117", "ink": "#e6edf3", "faint": "#9198a1", "line": "#6e7681", "space": "#1c3a66"}
 DARK |= {"time": "#5c3310", "sca": "#79b8ff", "tca": "#ffab70", "mark": "#0d1117", "edge": "#9198a1"}
-PAPER_CUT = 17  # the step at which arXiv 2407.19205 cuts guidance at no visible cost
+PAPER_CUT = 17  # of 25, the step at which arXiv 2407.19205 cuts guidance at no visible cost
 STROKES = ("line", "edge", "sca", "tca", "ink", "faint")
 
 
