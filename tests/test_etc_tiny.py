@@ -28,12 +28,11 @@ def model() -> TextToVideo:
     return TextToVideo()
 
 
-@pytest.mark.parametrize("ground", [True, False])
-def test_colour_and_shape_and_heading_are_what_the_caption_says(model: TextToVideo, ground: bool):
-    """Of 10 videos at 2 frames a second, at least 8 each; with captions that leave out the ground, too."""
+def test_colour_and_shape_and_heading_are_what_the_caption_says(model: TextToVideo):
+    """Of 10 videos at 2 frames a second, at least 8 each; every other caption leaves out the ground."""
     rng = np.random.default_rng(5_000_011)
     drawn = [scenes.caption(draw(rng)) for _ in range(COUNT)]
-    said = drawn if ground else [caption.split(" over ")[0] for caption in drawn]
+    said = [caption.split(" over ")[0] if i % 2 else caption for i, caption in enumerate(drawn)]
     base = FOLDER.with_name("tiny")
     made = videos_of(model.unet, load_vae(base), load_text(base), said, 2, 25, model.generation.guidance[1])
     readings = [read(frames) for frames in made]

@@ -133,16 +133,16 @@ def test_what_is_foretold_is_what_is_counted(size: tuple[int, int], frames: int,
 @pytest.mark.slow
 def test_svd_xt_is_as_small_as_promised() -> None:
     """Counted, 25 frames of 1024x576 in float16: at most 13 GB at full speed; with low_memory 6.5, of which a step
-    of one branch has 2.8; in slices 5.4 for both. And to 3 % as foretold."""
+    of one branch has 2.8; in slices 5.4 for both. And the sums to 3 % as foretold."""
     generation = PRESETS["svd-xt"].generation
     foretold = list(peaks(CONFIGS, generation, 2))
-    full, slices, least = (counted(generation, torch.float16, economy=ECONOMIES[i]) for i in (0, 1, -1))
-    for found, i in ((full, 0), (slices, 1), (least, -1)):
+    full, least = (counted(generation, torch.float16, economy=ECONOMIES[i]) for i in (0, -1))
+    for found, i in ((full, 0), (least, -1)):
         print({name: f"{each:.2f} GB" for name, each in found.items()}, f"foretold: {foretold[i] / GIGABYTE:.2f} GB")
         assert abs(found["largest sum"] - foretold[i] / GIGABYTE) <= 0.03 * found["largest sum"]
     assert full["largest sum"] <= 13
     assert least["largest sum"] <= 6.5
-    assert slices["one step"] <= 5.4
+    assert peak_of("one step", torch.float16, generation.size, generation.num_frames, 2, ECONOMIES[1].slices) <= 5.4
     assert least["one step"] <= 2.8
     assert full["one step"] > 7  # control
 

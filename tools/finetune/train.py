@@ -161,25 +161,27 @@ def train(args: argparse.Namespace) -> None:
             save_file({"videos": sample(svd, shown, args)}, path)
     if args.checkpointing:
         minisvd.checkpoint_activations(svd.unet)
-    losses = [held_out_loss(run, svd, svd.unet, held_out, args)]
+    losses = [held_out_loss(run, svd, svd.unet, held_out, args)]  # before, and in every report
 
     def loss(unet: SpatioTemporalUNet, rng: np.random.Generator, batch: int) -> Tensor:
         rows = [training[i] for i in rng.integers(len(training), size=batch)]
         return drawn_loss(run, svd, unet, rows, args.sigma[0] + args.sigma[1] * torch.randn(batch), DROPOUT).mean()
 
     def report(unet: SpatioTemporalUNet) -> str:
-        return f"held-out loss {held_out_loss(run, svd, unet, held_out, args):.5f}"
+        losses.append(held_out_loss(run, svd, unet, held_out, args))
+        return f"held-out loss {losses[-1]:.5f}"
 
     unet = svd.unet
     svd.unet = fit(run, stage, lambda: unet, loss, report).eval()
-    losses.append(held_out_loss(run, svd, svd.unet, held_out, args))
+    if len(losses) == 1:  # trained by an earlier run
+        losses.append(held_out_loss(run, svd, svd.unet, held_out, args))
     with torch.no_grad():
         decoded = [svd.vae.decode(row["latents"][None].to(run.device), svd.generation.decode_chunk)[0] for row in shown]
     true = ((torch.stack(decoded).float().cpu() + 1) / 2).clamp(0, 1)
     rows = [true, load_file(before)["videos"], sample(svd, shown, args)]
     save_png(as_image(rearrange(rows, "k n t c h w -> (n k h) (t w) c")), run.work / "samples.png")
     scores = [f"{mean_score(videos, shown):.3f}" for videos in rows]
-    run.log("held-out loss {:.5f}, after {:.5f}".format(*losses))
+    run.log(f"held-out loss {losses[0]:.5f}, after {losses[-1]:.5f}")
     run.log("motion score of held-out clips {}, of samples before {}, after {}".format(*scores))
     svd.save(args.out, getattr(torch, args.dtype))
     run.log(f"wrote {args.out}; {run.work}/samples.png has held-out clips, below each what was made before and after")
