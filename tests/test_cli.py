@@ -382,6 +382,7 @@ def test_a_name_that_the_terminal_cannot_spell_is_escaped(tiny_folder: Path, pho
     assert Path("\u0416\udcff.gif").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_a_reader_that_goes_is_no_mistake() -> None:
     """As in `minisvd account --tree | head -1`: status 141, which is that of others in a pipe, and not a word."""
@@ -392,6 +393,7 @@ def test_a_reader_that_goes_is_no_mistake() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_program_is_still_being_imported_is_one_line() -> None:
     """Status 130, as later. Control: an import that is not interrupted."""
     code = """import sys, minisvd.__main__

@@ -63,6 +63,7 @@ def test_the_bar_says_that_a_step_compiles(tiny_folder: Path, capsys: pytest.Cap
     assert "denoising, first step of a kind compiles" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_what_to_do(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,6 +297,7 @@ def test_the_noise_levels_are_stable_diffusion_s():
             ddim_sigmas(wrong)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [5, 50])
 def test_a_run_equals_diffusers_ddim(steps):
@@ -352,6 +353,7 @@ def test_account_counts_it_and_svd_alike(capsys):
     print(f"{etc['total']['parameters']:,} parameters, {etc['total']['macs'] / 1e12:.3f} T MACs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "guided"), [(None, 25), (17, 16), (1, 0), (40, 25)])
 def test_account_counts_a_run(capsys, cut, guided):
     """Guided steps before the cut, on two branches: the closed formulas' MACs, and the peak of as many branches.

@@ -10,7 +10,7 @@ import torch
 
 from conftest import relative_error
 from minisvd.config import UNetConfig
-from minisvd.text import TextToVideo
+from minisvd.text import TextToVideo, load_sd
 from tools.etc import experiment, train
 from tools.etc.clips import LABEL, PAIRS, RATES, STILL, clip, draw, encoded, make_pool, pace
 from tools.etc.model import (
@@ -35,6 +35,7 @@ BASE = Path(__file__).parent.parent / "weights/tiny"
 # --- the reader -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_read_of_true_clips_is_right_and_disagrees_with_other_captions():
     own, others = validate(42)
     print({name: (own[name], round(others[name], 2)) for name in own})
@@ -203,6 +204,7 @@ def test_the_loss_of_the_true_v_is_zero(base):
 # --- data and programs ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_three_kinds_of_data_are_what_they_say(tmp_path: Path):
     """Clips move, stills do not, labels are different images of one colour and shape; made once."""
     vae = load_vae(BASE)
@@ -240,7 +242,7 @@ def test_both_kinds_of_network_are_sampled_alike():
 @pytest.mark.slow
 def test_training_writes_a_folder_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two steps of each stage, of small batches; the second run trains nothing, and what it wrote makes a video. So
-    does what `--more` makes of that, which is another network."""
+    does what `--more` makes of that, the mean of it and of what it becomes."""
     for name in ("IMAGES", "CLIPS", "MORE"):
         monkeypatch.setattr(train, name, replace(getattr(train, name), batch=2))
     given = ["--share", "0.0001", "--measured", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")]
@@ -254,7 +256,12 @@ def test_training_writes_a_folder_and_goes_on(tmp_path: Path, monkeypatch: pytes
     further = ["--more", str(tmp_path / "model"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "further")]
     train.main([*given, "--base", str(BASE), *further])
     assert (tmp_path / "more/train.log").read_text().count("etc-more: from step 0 of 2") == 1
-    assert (tmp_path / "further/unet/diffusion_pytorch_model.safetensors").read_bytes() != weights
+    was, mean = (load_sd(tmp_path / name, dtype="float32")[0].state_dict() for name in ("model", "further"))
+    became = torch.load(tmp_path / "more/etc-more.pt")["ema"]
+    error = max((mean[name] - (was[name] + became[name]) / 2).abs().max().item() for name in was)
+    moved = max((became[name] - was[name]).abs().max().item() for name in was)
+    print(f"from the mean {error:.1e}, from one to the other {moved:.1e}")
+    assert error < 0.1 * moved
     for folder in ("model", "further"):
         video = TextToVideo(tmp_path / folder)("a red star moving up right", fps=8, steps=1)
         assert video.frames.shape == (8, 3, 64, 64)

@@ -157,6 +157,7 @@ def test_the_record_says_how_a_video_was_made(tiny_folder: Path) -> None:
     assert contents("out")["a.mp4"] == contents("out")["plain.mp4"]
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_what_is_missing_broken_or_different(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ QUICK: dict[str, Any] = {"num_frames": 3, "steps": 2, "size": (64, 64), "guidanc
 GIGABYTE = 1e9
 
 
+@pytest.mark.slow
 def test_every_economy_makes_the_same_frames(tiny_folder: Path) -> None:
     """To rounding, each of them and `low_memory=True`; afterwards another one is as good as before."""
     svd, low = minisvd.load(tiny_folder), minisvd.load(tiny_folder, low_memory=True)
@@ -41,6 +42,7 @@ def test_every_economy_makes_the_same_frames(tiny_folder: Path) -> None:
     assert (low(image, seed=1, **QUICK).frames - plain).abs().max() > 1e-3  # control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slices", [2, 7, 50])
 def test_feed_forwards_in_slices_are_the_same_function(slices: int) -> None:
     """To rounding, whether the slices divide the tokens, do not, or are more than there are; with the gradients."""
@@ -86,6 +88,7 @@ def test_one_row_at_a_time_is_the_whole_batch(tiny_folder: Path) -> None:
     assert (rows - other).abs().max() > 1e-5 * whole.abs().max()  # control
 
 
+@pytest.mark.slow
 def test_a_part_is_on_the_device_only_while_it_works(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a whole call, on shapes alone: at each part's work its weights are there and nobody else's; afterwards, and
     after an error, every weight is the tensor that it was."""
@@ -173,6 +176,7 @@ def test_the_gentlest_economy_that_fits_is_chosen() -> None:
         assert "\n" not in line
 
 
+@pytest.mark.slow
 def test_the_command_line_foretells_chooses_and_says_so(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

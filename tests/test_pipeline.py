@@ -74,6 +74,7 @@ def test_the_same_seed_gives_the_same_bits(svd, images):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_threads_on_one_model_get_what_each_gets_alone(svd, images):
     """Two at once, six videos each, which begin together: bit for bit, with a cache of conditions for each run."""
     barrier = threading.Barrier(2)

@@ -201,6 +201,10 @@ def main(argv: list[str] | None = None) -> None:
         network = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
     unet = train_clips(run, stages[-1], text, pools, network, SHARES)
     assert isinstance(unet, SpatialUNet)
+    if args.more:  # the mean of what it was and what it became, which is better than either (arXiv 2109.01903)
+        with torch.no_grad():
+            for became, was in zip(unet.parameters(), load_sd(args.more, dtype="float32")[0].parameters(), strict=True):
+                became.lerp_(was.to(became.dtype), 0.5)
     export(args.out, unet, text, vae)
     figures = measure(unet, vae, text, args.measured, steps=GENERATION.steps if args.share == 1 else 3)
     write_json(args.work / "figures.json", figures)
