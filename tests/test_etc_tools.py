@@ -245,6 +245,7 @@ def test_training_writes_a_folder_and_goes_on(tmp_path: Path, monkeypatch: pytes
     does what `--more` makes of that, the mean of it and of what it becomes."""
     for name in ("IMAGES", "CLIPS", "MORE"):
         monkeypatch.setattr(train, name, replace(getattr(train, name), batch=2))
+    monkeypatch.setattr(train, "MORE", replace(train.MORE, lr=0.5))  # of which the first steps take a hundredth
     given = ["--share", "0.0001", "--measured", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")]
     train.main([*given, "--base", str(BASE)])
     log = (tmp_path / "work/train.log").read_text()
