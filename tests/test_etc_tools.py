@@ -241,28 +241,30 @@ def test_both_kinds_of_network_are_sampled_alike():
 
 @pytest.mark.slow
 def test_training_writes_a_folder_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two steps of each stage, of small batches; the second run trains nothing, and what it wrote makes a video. So
-    does what `--more` makes of that, the mean of it and of what it becomes."""
+    """Two steps of each stage and a round of two more, of small batches. The second run trains nothing, and what it
+    wrote makes a video; `--more` makes another of it. A round ends with the mean of what it was and what it became."""
     for name in ("IMAGES", "CLIPS", "MORE"):
         monkeypatch.setattr(train, name, replace(getattr(train, name), batch=2))
     monkeypatch.setattr(train, "MORE", replace(train.MORE, lr=0.5))  # of which the first steps take a hundredth
-    given = ["--share", "0.0001", "--measured", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")]
-    train.main([*given, "--base", str(BASE)])
-    log = (tmp_path / "work/train.log").read_text()
-    assert log.count("from step 0") == 2
+    monkeypatch.setattr(train, "ROUNDS", 1)
+    work, given = tmp_path / "work", ["--share", "0.0001", "--measured", "1", "--base", str(BASE)]
+    command = [*given, "--work", str(work), "--out", str(tmp_path / "model")]
+    train.main(command)
+    logs = [(work / name).read_text() for name in ("train.log", "more-1/train.log")]
+    assert [log.count("from step 0 of 2") for log in logs] == [2, 1]
     weights = (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    train.main([*given, "--base", str(BASE)])
-    assert (tmp_path / "work/train.log").read_text().count("from step 0") == 2
+    train.main(command)
+    assert [(work / name).read_text() for name in ("train.log", "more-1/train.log")] == logs
     assert (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
-    further = ["--more", str(tmp_path / "model"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "further")]
-    train.main([*given, "--base", str(BASE), *further])
-    assert (tmp_path / "more/train.log").read_text().count("etc-more: from step 0 of 2") == 1
-    was, mean = (load_sd(tmp_path / name, dtype="float32")[0].state_dict() for name in ("model", "further"))
-    became = torch.load(tmp_path / "more/etc-more.pt")["ema"]
+    was, became = (torch.load(work / name)["ema"] for name in ("etc-clips.pt", "more-1/etc-more.pt"))
+    mean = load_sd(tmp_path / "model", dtype="float32")[0].state_dict()
     error = max((mean[name] - (was[name] + became[name]) / 2).abs().max().item() for name in was)
     moved = max((became[name] - was[name]).abs().max().item() for name in was)
     print(f"from the mean {error:.1e}, from one to the other {moved:.1e}")
     assert error < 0.1 * moved
+    further = ["--more", str(tmp_path / "model"), "--work", str(tmp_path / "more"), "--out", str(tmp_path / "further")]
+    train.main([*given, *further])
+    assert (tmp_path / "further/unet/diffusion_pytorch_model.safetensors").read_bytes() != weights
     for folder in ("model", "further"):
         video = TextToVideo(tmp_path / folder)("a red star moving up right", fps=8, steps=1)
         assert video.frames.shape == (8, 3, 64, 64)

@@ -1,11 +1,11 @@
 """Train the tiny ETC. Stop it at will; the same command goes on.
 
-    python -m tools.etc.train                                       from nothing, two stages
-    python -m tools.etc.train --more weights/tiny-etc --seed 1      a finished one further, on fresh clips
+    python -m tools.etc.train                                       from nothing
+    python -m tools.etc.train --more weights/tiny-etc --seed 3      a finished one a round further, on fresh clips
 
 First the network learns captioned images, one frame at a time, then clips as grids, with the rates and the two other
-kinds of triple data; the VAE and the captions' encoder are the tiny model's. At the end it is measured on 200 unseen
-captions, and the folder is written.
+kinds of triple data; the VAE and the captions' encoder are the tiny model's. Then it is trained further in rounds, on
+clips most of which are slow to learn. At the end it is measured on 200 unseen captions, and the folder is written.
 """
 
 import argparse
@@ -44,10 +44,12 @@ IMAGES = Stage("etc-images", steps=2500, batch=128, lr=1.5e-3, report=500, hold=
 CLIPS = Stage("etc-clips", steps=5000, batch=16, lr=1e-3, report=500, hold=0.3)
 COUNTS = {"clips": 4000, "labels": 500, "stills": 500}
 MORE = Stage("etc-more", steps=1500, batch=16, lr=5e-4, report=250, hold=0.2)
+ROUNDS = 2  # of it
 MORE_COUNTS = {"clips": 1500, "labels": 300, "stills": 300}
 MORE_RATES = (1, 2, 4, *RATES)  # the three at which what goes wrong goes wrong, twice as often
 SHARES = {"clips": 0.7, "labels": 0.15, "stills": 0.15}  # the paper names none
 SHORT = 0.3  # of the captions: those that leave the ground to chance, as people do
+CPU = torch.device("cpu")
 OVER, END = 1 + WORDS.index("over"), len(WORDS) + 1
 HELD_OUT = 3_000_017
 
@@ -95,6 +97,35 @@ def train_clips(
         return drawn_loss(unet, clips.float(), text(shortened(ids, torch.rand(b) < SHORT)), empty, fps)
 
     return fit(run, stage, lambda: network, loss, lambda _: "", muon_and_adamw)
+
+
+def train_further(
+    network: SpatialUNet, text: torch.nn.Module, vae: Any, work: Path, seed: int, args: Any
+) -> SpatialUNet:
+    """A round on fresh clips. It ends with the mean of what the network was and what it became, which keeps what either
+    does better (arXiv 2109.01903); the next round begins from there."""
+    if args.finish and not (work / f"{MORE.name}.pt").exists():
+        return network
+    was, stage = [p.detach().clone() for p in network.parameters()], scaled(MORE, args.share)
+    pools = pools_in(work, vae, MORE_COUNTS, seed, args.share, MORE_RATES)
+    run = Run(work, (stage,), CPU, seed, args.finish)
+    unet = train_clips(run, stage, text, pools, network, SHARES)
+    assert isinstance(unet, SpatialUNet)
+    with torch.no_grad():
+        for became, before in zip(unet.parameters(), was, strict=True):
+            became.lerp_(before, 0.5)
+    return unet
+
+
+def pools_in(
+    work: Path, vae: Any, counts: dict[str, int], seed: int, share: float, rates: tuple[int, ...] = RATES
+) -> dict[str, Pool]:
+    """A pool of each kind, of a share of its count, kept in the folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    return {
+        kind: make_pool(work / f"{kind}.pt", vae, kind, max(4, int(count * share)), seed, rates=rates)
+        for kind, count in counts.items()
+    }
 
 
 def videos_of(
@@ -185,30 +216,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, default=200, help="unseen captions (default: %(default)s)")
     parser.add_argument("--finish", action="store_true", help="train no more: measure and write what there is")
     args = parser.parse_args(argv)
-    args.work = args.work or Path("runs/etc-more" if args.more else "runs/etc")  # the pools of one are not the other's
-    args.work.mkdir(parents=True, exist_ok=True)
-    stages = tuple(scaled(stage, args.share) for stage in ((MORE,) if args.more else (IMAGES, CLIPS)))
-    counts, rates = (MORE_COUNTS, MORE_RATES) if args.more else (COUNTS, RATES)
-    run = Run(args.work, stages, torch.device("cpu"), args.seed, args.finish)
     text, vae = load_text(args.base), load_vae(args.base)
-    pools = {
-        kind: make_pool(args.work / f"{kind}.pt", vae, kind, max(8, int(count * args.share)), args.seed, rates=rates)
-        for kind, count in counts.items()
-    }
     if args.more:
-        network = load_sd(args.more, dtype="float32")[0].requires_grad_(True)
+        work = args.work or Path("runs/etc-more")  # the pools of one are not the other's
+        unet = load_sd(args.more, dtype="float32")[0].requires_grad_(True)
+        rounds = [(work, args.seed)]
     else:
+        work = args.work or Path("runs/etc")
+        stages = scaled(IMAGES, args.share), scaled(CLIPS, args.share)
+        run, pools = Run(work, stages, CPU, args.seed, args.finish), pools_in(work, vae, COUNTS, args.seed, args.share)
         network = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
-    unet = train_clips(run, stages[-1], text, pools, network, SHARES)
-    assert isinstance(unet, SpatialUNet)
-    if args.more:  # the mean of what it was and what it became, which is better than either (arXiv 2109.01903)
-        with torch.no_grad():
-            for became, was in zip(unet.parameters(), load_sd(args.more, dtype="float32")[0].parameters(), strict=True):
-                became.lerp_(was.to(became.dtype), 0.5)
+        unet = train_clips(run, stages[1], text, pools, network, SHARES)
+        rounds = [(work / f"more-{i}", args.seed + i) for i in range(1, ROUNDS + 1)]
+    for folder, seed in rounds:
+        assert isinstance(unet, SpatialUNet)
+        unet = train_further(unet, text, vae, folder, seed, args)
     export(args.out, unet, text, vae)
     figures = measure(unet, vae, text, args.measured, steps=GENERATION.steps if args.share == 1 else 3)
-    write_json(args.work / "figures.json", figures)
-    run.log(f"wrote {args.out}\n\n{shown(figures)}\n")
+    write_json(work / "figures.json", figures)
+    print(f"wrote {args.out}\n\n{shown(figures)}\n")
 
 
 if __name__ == "__main__":
