@@ -87,12 +87,17 @@ def train_images(run: Run, stage: Stage, text: torch.nn.Module, pool: Pool, netw
 
 
 def train_clips(
-    run: Run, stage: Stage, text: torch.nn.Module, pools: dict[str, Pool], network: Network, shares: dict[str, float]
-) -> Network:
+    run: Run,
+    stage: Stage,
+    text: torch.nn.Module,
+    pools: dict[str, Pool],
+    network: SpatialUNet,
+    shares: dict[str, float],
+) -> SpatialUNet:
     """All frames of a clip, with its caption and its rate."""
     empty = text(ids_of([""]))
 
-    def loss(unet: Network, rng: np.random.Generator, b: int) -> Tensor:
+    def loss(unet: SpatialUNet, rng: np.random.Generator, b: int) -> Tensor:
         clips, ids, fps = batch_of(pools, rng, b, shares)
         return drawn_loss(unet, clips.float(), text(shortened(ids, torch.rand(b) < SHORT)), empty, fps)
 
@@ -110,7 +115,6 @@ def train_further(
     pools = pools_in(work, vae, MORE_COUNTS, seed, args.share, MORE_RATES)
     run = Run(work, (stage,), CPU, seed, args.finish)
     unet = train_clips(run, stage, text, pools, network, SHARES)
-    assert isinstance(unet, SpatialUNet)
     with torch.no_grad():
         for became, before in zip(unet.parameters(), was, strict=True):
             became.lerp_(before, 0.5)
@@ -229,7 +233,6 @@ def main(argv: list[str] | None = None) -> None:
         unet = train_clips(run, stages[1], text, pools, network, SHARES)
         rounds = [(work / f"more-{i}", args.seed + i) for i in range(1, ROUNDS + 1)]
     for folder, seed in rounds:
-        assert isinstance(unet, SpatialUNet)
         unet = train_further(unet, text, vae, folder, seed, args)
     export(args.out, unet, text, vae)
     figures = measure(unet, vae, text, args.measured, steps=GENERATION.steps if args.share == 1 else 3)
