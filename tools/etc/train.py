@@ -87,18 +87,13 @@ def train_images(run: Run, stage: Stage, text: torch.nn.Module, pool: Pool, netw
 
 
 def train_clips(
-    run: Run,
-    stage: Stage,
-    text: torch.nn.Module,
-    pools: dict[str, Pool],
-    network: SpatialUNet,
-    shares: dict[str, float],
+    run: Run, stage: Stage, text: torch.nn.Module, pools: dict[str, Pool], network: SpatialUNet
 ) -> SpatialUNet:
     """All frames of a clip, with its caption and its rate."""
     empty = text(ids_of([""]))
 
     def loss(unet: SpatialUNet, rng: np.random.Generator, b: int) -> Tensor:
-        clips, ids, fps = batch_of(pools, rng, b, shares)
+        clips, ids, fps = batch_of(pools, rng, b, SHARES)
         return drawn_loss(unet, clips.float(), text(shortened(ids, torch.rand(b) < SHORT)), empty, fps)
 
     return fit(run, stage, lambda: network, loss, lambda _: "", muon_and_adamw)
@@ -114,7 +109,7 @@ def train_further(
     was, stage = [p.detach().clone() for p in network.parameters()], scaled(MORE, args.share)
     pools = pools_in(work, vae, MORE_COUNTS, seed, args.share, MORE_RATES)
     run = Run(work, (stage,), CPU, seed, args.finish)
-    unet = train_clips(run, stage, text, pools, network, SHARES)
+    unet = train_clips(run, stage, text, pools, network)
     with torch.no_grad():
         for became, before in zip(unet.parameters(), was, strict=True):
             became.lerp_(before, 0.5)
@@ -230,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         stages = scaled(IMAGES, args.share), scaled(CLIPS, args.share)
         run, pools = Run(work, stages, CPU, args.seed, args.finish), pools_in(work, vae, COUNTS, args.seed, args.share)
         network = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
-        unet = train_clips(run, stages[1], text, pools, network, SHARES)
+        unet = train_clips(run, stages[1], text, pools, network)
         rounds = [(work / f"more-{i}", args.seed + i) for i in range(1, ROUNDS + 1)]
     for folder, seed in rounds:
         unet = train_further(unet, text, vae, folder, seed, args)
