@@ -263,9 +263,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     begun = args.work / "share"
-    if begun.exists() and float(begun.read_text()) != args.share:
+    if not begun.exists():
+        with atomic(begun) as file:
+            file.write_text(str(args.share))
+    if float(begun.read_text()) != args.share:  # whole or absent: another process may just begin, too
         parser.error(f"{args.work} was begun with --share {begun.read_text()}: give that, or another --work")
-    begun.write_text(str(args.share))
     text, vae = load_text(args.base), load_vae(args.base)
     pools = {}
     for name in sorted({"clips"}.union(*(ARMS[arm].shares for arm in args.arms))):  # clips are the base's too
