@@ -3,6 +3,7 @@
 `fit` trains a small UNet here, with the loss and the optimizers that the shipped one has.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
+import minisvd
 from minisvd import SpatioTemporalUNet, UNetConfig
 from minisvd.config import VAEConfig
 from minisvd.vae import AutoencoderKLTemporalDecoder
@@ -243,6 +245,33 @@ def test_a_share_of_the_conditions_is_wholly_another_clips(tmp_path, mistaken):
     wrong = (ids[:, 0] != ids[:, 2]).float().mean()
     print(f"another clip's: {wrong:.1%}")
     assert wrong == 0 if mistaken == 0 else abs(wrong - mistaken) < 0.05
+
+
+def test_the_decoder_learns_from_videos_that_the_unet_made(tmp_path, monkeypatch):
+    """The pool's latents are the model's own: near the encoder's in the first frame, further off in the last. Steps on
+    them bring their frames nearer to the true ones; the encoder, so what a latent means, stays. Control: other clips'
+    latents are far off in every frame."""
+    for name in ("SAMPLED_POOL", "BATCH"):
+        monkeypatch.setattr(recipe, name, 4)
+    stage = Stage("vae-sampled", steps=5, batch=2, lr=4e-3, report=100)
+    monkeypatch.setattr(recipe, "VAE_SAMPLED", stage)
+    monkeypatch.setattr(recipe, "quick_look", lambda *_: "")
+    run, svd = Run(tmp_path, (stage,), torch.device("cpu"), 0), minisvd.load()
+    vae = copy.deepcopy(svd.vae)
+    pool = recipe.sampled_pool(run, svd)
+    video = pool["frames"].float() / 127.5 - 1
+    encoded = recipe.encode_video(run, vae, video)
+    off = [(z - encoded).square().mean((0, 2, 3, 4)) for z in (pool["latents"], encoded.roll(1, dims=0))]
+    print("mean square, by frame, of the model's latents and of other clips'", *(each.numpy().round(3) for each in off))
+    assert off[0][0] < off[0][-1] < 0.5 * off[1].min()
+
+    trained = recipe.train_vae_sampled(run, svd.unet, copy.deepcopy(vae), svd.clip)
+    assert torch.equal(recipe.encode_video(run, trained, video), encoded)
+    with torch.no_grad():
+        errors = [(recipe.decode_video(run, each, pool["latents"]) - video).square().mean() for each in (vae, trained)]
+    print(f"mean square error of the frames {errors[0]:.5f}, then {errors[1]:.5f}")
+    assert errors[1] < errors[0]
+    assert not torch.equal(vae.decoder.conv_in.weight, trained.decoder.conv_in.weight)
 
 
 def test_every_parameter_has_one_optimizer():

@@ -1,8 +1,8 @@
 """Train the tiny model from nothing: `python -m tools.tiny.train`. Stop it at will; the same command goes on.
 
-Stages, each from the last one's result: the VAE on single frames, its temporal decoder on clips, the image
-encoder against captions, the UNet with the EDM v-loss on latents. The data are the endless clips of `scenes.py`.
-At the end come held-out figures and the folder, in the layout of the published models.
+Stages, each from the last one's result: the VAE on single frames, its temporal decoder on clips, the image encoder
+against captions, the UNet with the EDM v-loss on latents, the decoder again, on what the UNet samples. The data are the
+endless clips of `scenes.py`. At the end come held-out figures and the folder, in the layout of the published models.
 
 Axes: b batch, t frames, c channels, h w latent grid, H W pixels.
 """
@@ -33,7 +33,7 @@ from minisvd.attention import SpatioTemporalTransformer
 from minisvd.clip import ImageEncoder
 from minisvd.config import NUM_GROUPS, ClipConfig, GenerationConfig, UNetConfig, VAEConfig
 from minisvd.pipeline import StableVideoDiffusion
-from minisvd.sampler import preconditioning
+from minisvd.sampler import GuidanceSchedule, edm_sigmas, preconditioning
 from minisvd.unet import ResnetBlock2D, SpatioTemporalUNet, TemporalResnetBlock, Upsample
 from minisvd.vae import (
     AsymmetricDownsample,
@@ -80,8 +80,11 @@ CONDITION_DROPOUT = 0.1
 POOL, FAST_POOL, WIDE_POOL = 6000, 8000, 12000  # clips whose latents the UNet learns from, for each of its stages
 MISTAKEN, MISTAKEN_POOL = 0.3, 4000  # of the study's second model: the share under another clip's condition; its clips
 DRAWN, FAINT = 0.1, 0.12  # shares of the wide: drawings on dark grounds, and scenes whose nose and tail hardly show
+AUGMENTED = 0.02  # noise_aug of the videos that the decoder learns from
+LATENTS = (scenes.FRAMES, VAE.latent_channels, scenes.SIZE // VAE.factor, scenes.SIZE // VAE.factor)
 FAINTEST, BRIGHTEST = (0.02, 0.5), 1.05  # range of their opacity; of a drawing's ground, near and far colours' sum
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
+SAMPLED_POOL, ENCODED = 1000, 0.25  # videos that the decoder learns from last; the share of steps on encoded ones
 
 VAE_FRAMES = Stage("vae-frames", steps=1150, batch=8, lr=1.5e-3, report=230)
 VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
@@ -90,7 +93,8 @@ UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 UNET_FAST = Stage("unet-fast", steps=3200, batch=16, lr=1e-3, report=800, hold=0.4)
 UNET_WIDE = Stage("unet-wide", steps=7000, batch=16, lr=1e-3, report=1000, hold=0.3)
 UNET_MISTAKEN = Stage("unet-mistaken", steps=2400, batch=16, lr=8e-4, report=600, hold=0.2)
-STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE, UNET_MISTAKEN)
+VAE_SAMPLED = Stage("vae-sampled", steps=1500, batch=2, lr=6e-5, report=250, hold=0.2)
+STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE, UNET_MISTAKEN, VAE_SAMPLED)
 DrawClip = Callable[[np.random.Generator], tuple[scenes.Scene, int, float, np.ndarray]]  # as `scenes.random_clip`
 
 
@@ -298,16 +302,9 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
     clips, _ = draw_videos(np.random.default_rng(HELD_OUT_SEED), 6)
     held_out = run.unit(clips)
 
-    def build() -> AutoencoderKLTemporalDecoder:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-        return vae
-
     def decode(vae: AutoencoderKLTemporalDecoder, video: Tensor, noise: float) -> Tensor:
         z = encode_video(run, vae, video)
-        z = (z + noise * torch.randn_like(z)) / VAE.scaling_factor
-        weights = {name: weight.to(half(run.device)) for name, weight in vae.decoder.named_parameters()}
-        return functional_call(vae.decoder, weights, (z.to(half(run.device)),))
+        return decode_video(run, vae, z + noise * torch.randn_like(z))
 
     def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
         frames, silhouettes = draw_videos(rng, batch)
@@ -321,7 +318,79 @@ def train_vae_video(run: Run, vae: AutoencoderKLTemporalDecoder) -> AutoencoderK
         exact, rough = (f"{mean_psnr(output, held_out):.2f} dB" for output in (clean, noisy))
         return f"held-out PSNR {exact}, from noisy latents {rough}"
 
-    return fit(run, VAE_VIDEO, build, loss, report, muon_and_adamw)
+    return fit(run, VAE_VIDEO, lambda: decoder_alone(vae), loss, report, muon_and_adamw)
+
+
+def train_vae_sampled(
+    run: Run, unet: SpatioTemporalUNet, vae: AutoencoderKLTemporalDecoder, clip: ImageEncoder
+) -> AutoencoderKLTemporalDecoder:
+    """The decoder once more, on the latents of videos that the UNet made, against the frames that they should have had.
+
+    Such latents are wrong in their own way: corners that fade, the later the more. A decoder that sees all frames can
+    learn to put them back; the encoder's latents, in one step of four, keep it an autoencoder's.
+    """
+    clips, _ = draw_videos(np.random.default_rng(HELD_OUT_SEED), 6)
+    held_out = run.unit(clips)
+    pool = cache(partial(sampled_pool, run, StableVideoDiffusion(unet, copy.deepcopy(vae), clip, GENERATION)))
+
+    def loss(vae: AutoencoderKLTemporalDecoder, rng: np.random.Generator, batch: int) -> Tensor:
+        videos = pool()
+        rows = torch.from_numpy(rng.integers(len(videos["frames"]), size=batch))
+        frames, silhouettes, z = (videos[name][rows] for name in ("frames", "silhouettes", "latents"))
+        video = frames.float() / 127.5 - 1
+        if rng.random() < ENCODED:
+            z = encode_video(run, vae, video)
+            z = z + LATENT_NOISE * torch.randn_like(z)
+        output = decode_video(run, vae, z)
+        return reconstruction_loss(output.flatten(0, 1), video.flatten(0, 1), silhouettes.float().flatten(0, 1))
+
+    def report(vae: AutoencoderKLTemporalDecoder) -> str:
+        exact = decode_video(run, vae, encode_video(run, vae, held_out))
+        return f"held-out PSNR {mean_psnr(exact, held_out):.2f} dB, {quick_look(run, unet, vae, clip)}"
+
+    return fit(run, VAE_SAMPLED, lambda: decoder_alone(vae), loss, report, muon_and_adamw)
+
+
+@torch.no_grad()
+def sampled_pool(run: Run, svd: StableVideoDiffusion) -> dict[str, Tensor]:
+    """This process's share of `SAMPLED_POOL` videos, made once: true frames [n,t,3,H,W], uint8, their silhouettes
+    [n,t,H,W], and the latents [n,t,4,h,w] that the model samples from the first frame, as shipped."""
+    file = run.work / f"sampled-{run.rank}-of-{run.processes}.pt"
+    if file.exists():
+        return torch.load(file, map_location=run.device)
+    torch.manual_seed(run.seed + run.rank)
+    rng, rows = np.random.default_rng([run.seed, *b"sampled", run.rank]), []
+    schedule, sigmas = GuidanceSchedule(*GENERATION.guidance), edm_sigmas(GENERATION.steps)
+    for _ in tqdm(range(SAMPLED_POOL // run.processes // BATCH), "videos of the model's", disable=run.rank > 0):
+        drawn = [drawn_clip(rng) for _ in range(BATCH)]
+        frames = np.stack([frames for *_, frames in drawn])
+        paths = [scenes.path(scene, bucket, fps) for scene, fps, bucket, _ in drawn]
+        silhouettes = np.stack([scenes.silhouette(clip[0], path) for clip, path in zip(drawn, paths, strict=True)])
+        image = run.unit(frames[:, 0])
+        ids = torch.tensor([[fps - 1, bucket, AUGMENTED] for _, fps, bucket, _ in drawn]).to(run.device)
+        noises = [torch.randn(shape, device=run.device) for shape in (image.shape, (BATCH, *LATENTS))]
+        settings = {"sigmas": sigmas, "schedule": schedule, "callback": None, "progress": False}
+        latents = svd.sample(image, ids, *noises, **settings)
+        rows.append((torch.from_numpy(frames), torch.from_numpy(silhouettes), latents))
+    names = ("frames", "silhouettes", "latents")
+    columns = zip(*rows, strict=True)
+    pool = {name: torch.cat(column).to(run.device) for name, column in zip(names, columns, strict=True)}
+    with atomic(file) as path:
+        torch.save(pool, path)
+    return pool
+
+
+def decoder_alone(vae: AutoencoderKLTemporalDecoder) -> AutoencoderKLTemporalDecoder:
+    """With the encoder frozen: latents stay what they are."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return vae
+
+
+def decode_video(run: Run, vae: AutoencoderKLTemporalDecoder, z: Tensor) -> Tensor:
+    """Scaled latents [b,t,4,h,w] -> frames [b,t,3,H,W] in [-1,1], in `half` on float32 weights."""
+    weights = {name: weight.to(half(run.device)) for name, weight in vae.decoder.named_parameters()}
+    return functional_call(vae.decoder, weights, ((z / VAE.scaling_factor).to(half(run.device)),))
 
 
 @torch.no_grad()
@@ -514,6 +583,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     clip = train_clip(run)
     unet = train_unet(run, vae, clip.image)
     mistaken = train_mistaken(run, copy.deepcopy(unet), vae, clip.image) if args.mistaken else None
+    vae = train_vae_sampled(run, unet, vae, clip.image)
     if rank == 0:
         torch.set_num_threads(args.processes)
         run.log(export(args.out, unet, vae, clip))
