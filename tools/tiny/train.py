@@ -80,11 +80,11 @@ CONDITION_DROPOUT = 0.1
 POOL, FAST_POOL, WIDE_POOL = 6000, 8000, 12000  # clips whose latents the UNet learns from, for each of its stages
 MISTAKEN, MISTAKEN_POOL = 0.3, 4000  # of the study's second model: the share under another clip's condition; its clips
 DRAWN, FAINT = 0.1, 0.12  # shares of the wide: drawings on dark grounds, and scenes whose nose and tail hardly show
-AUGMENTED = 0.02  # noise_aug of the videos that the decoder learns from
-LATENTS = (scenes.FRAMES, VAE.latent_channels, scenes.SIZE // VAE.factor, scenes.SIZE // VAE.factor)
 FAINTEST, BRIGHTEST = (0.02, 0.5), 1.05  # range of their opacity; of a drawing's ground, near and far colours' sum
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
 SAMPLED_POOL, ENCODED = 1000, 0.25  # videos that the decoder learns from last; the share of steps on encoded ones
+AUGMENTED = 0.02  # noise_aug of those videos, as people ask for them
+LATENTS = (scenes.FRAMES, VAE.latent_channels, scenes.SIZE // VAE.factor, scenes.SIZE // VAE.factor)
 
 VAE_FRAMES = Stage("vae-frames", steps=1150, batch=8, lr=1.5e-3, report=230)
 VAE_VIDEO = Stage("vae-video", steps=160, batch=2, lr=5e-4, report=40)
