@@ -33,8 +33,8 @@ def test_colour_and_shape_and_heading_are_what_the_caption_says(model: TextToVid
     rng = np.random.default_rng(5_000_011)
     drawn = [scenes.caption(draw(rng)) for _ in range(COUNT)]
     said = [caption.split(" over ")[0] if i % 2 else caption for i, caption in enumerate(drawn)]
-    base = FOLDER.with_name("tiny")
-    made = videos_of(model.unet, load_vae(base), load_text(base), said, 2, 25, model.generation.guidance[1])
+    text = load_text(FOLDER.with_name("tiny"))
+    made = videos_of(model.unet, load_vae(FOLDER), text, said, 2, 25, model.generation.guidance[1])
     readings = [read(frames) for frames in made]
     own = [agrees(reading, caption, 2) for reading, caption in zip(readings, drawn, strict=True)]
     others = [agrees(readings[i - 1], caption, 2) for i, caption in enumerate(drawn)]
@@ -55,12 +55,15 @@ def test_fewer_frames_a_second_are_a_faster_shape(model: TextToVideo):
     assert paces[0] > 2 * paces[1] > 4 * paces[2]
 
 
-def test_the_folder_is_small_and_its_vae_is_the_small_models(model: TextToVideo):
+def test_the_folder_is_small_and_its_latents_are_the_small_models(model: TextToVideo):
+    """One encoder. Control: the decoders differ, as the small model's has learned from its own UNet since."""
     size = sum(file.stat().st_size for name in ("tiny", "tiny-etc") for file in FOLDER.with_name(name).rglob("*.safe*"))
     print(f"{size / 1e6:.1f} MB")
     assert size < 45e6
     state, own = load_vae(FOLDER.with_name("tiny")).state_dict(), model.vae.state_dict()
-    assert all(torch.equal(own[name], tensor) for name, tensor in state.items())
+    same = {name: torch.equal(own[name], tensor) for name, tensor in state.items()}
+    assert all(equal for name, equal in same.items() if not name.startswith("decoder."))
+    assert not all(same.values())
 
 
 def test_the_command_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

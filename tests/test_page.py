@@ -192,7 +192,7 @@ def test_the_shown_page_is_what_the_code_makes_of_what_was_measured():
     config, t, latent = configs["unet"], given.num_frames, (8, 8)
     blocks = list(unet_blocks(config, t, latent))
     assert data["blocks"] == explain.described(blocks)
-    assert data["costs"] == explain.all_costs("tiny", config, t, latent, given.steps)
+    assert data["costs"] == explain.all_costs("tiny", config, t, latent, len(data["steps"]))
     texts = {"U": explain.drawn_u(config, t, latent, "The U of tiny: 8 frames of 64x64, guided"), "SITES": "14"}
     for name, pattern in {
         "TITLE": "<h1>(.*?)</h1>",

@@ -37,7 +37,7 @@ from tools.tiny.evaluate import HELD_OUT_SEED
 pytestmark = pytest.mark.slow
 
 PLAN = Plan(steps=4, cuts=(1, 3, 5), switch=3, few=8, subject="pixels")
-OWN = (1.5, 2.0)  # the small model's guidance
+OWN = (1.5, 2.0)  # guidance, where an arm has none of its own
 UNIT = Unit(0, 0, 2)
 UNET = UNetConfig(
     block_out_channels=(32, 64),
@@ -68,13 +68,13 @@ def model(tmp_path_factory) -> Path:
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp("study") / "model"
-    save_folder(folder, *parts, ImageEncoder(CLIP), GenerationConfig(num_frames=8, size=(64, 64), guidance=OWN))
+    save_folder(folder, *parts, ImageEncoder(CLIP), GenerationConfig(num_frames=8, size=(64, 64)))
     return folder
 
 
 @pytest.fixture(scope="module")
 def plan(model) -> Plan:
-    return replace(PLAN, model=str(model))
+    return replace(PLAN, model=str(model), guidance=OWN)
 
 
 @pytest.fixture(scope="module")

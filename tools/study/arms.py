@@ -47,7 +47,7 @@ class Arm:
     build       the UNet's `vcut`
     cut_step    guided before it, one branch from it on; None: guided in every step
     stage2      that one branch's share of the embedding: see GuidanceSchedule
-    guidance    the scales of the first and last frame; None: the model's own
+    guidance    the scales of the first and last frame; None: the plan's
     steps       None: the plan's
     levels      the noise levels' rule, of LEVELS
     interval    guided only for levels of stop < sigma <= start, (stop, start); else one branch
@@ -106,7 +106,7 @@ class Arm:
         return LEVELS[self.levels](self.steps or steps)
 
     def schedule(self, own: Scales) -> GuidanceSchedule:
-        """Its guidance, where `own` is the model's."""
+        """Its guidance, where `own` is the plan's."""
         stop, start = self.interval or (0.0, math.inf)
         return GuidanceSchedule(*self.guidance or own, self.cut_step, self.stage2, start, stop)
 
@@ -153,6 +153,7 @@ class Family:
 class Plan:
     """All that the measures of a scene depend on, but the weights. `cuts` are steps from 1, as is `switch`.
 
+    guidance    the scales where an arm has none of its own, so that there is something to cut
     few         scenes of every family but `headline`, each with its first noise
     intervals   guided noise levels: as low as arXiv 2404.07724 finds best for images, and up to ten times as high
     subject     encoders of Eq. 5 to 8: "tiny", "pixels", "clip:NAME[:TAG|FILE]" or "dino:NAME[:FILE]"
@@ -161,6 +162,7 @@ class Plan:
     model: str = "tiny"
     seed: int = 240_719_205
     steps: int = 25
+    guidance: Scales = (1.5, 1.5)
     cuts: tuple[int, ...] = PAPER_CUTS
     switch: int = 13
     few: int = 24

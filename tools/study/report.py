@@ -40,7 +40,7 @@ def write_markdown(study: Study, out: Path) -> None:
 
 
 def markdown(study: Study, reading: str = "") -> str:
-    plan, families = study["plan"], by_family(study)
+    plan, families, plain = study["plan"], by_family(study), "guidance {:g} to {:g}".format(*study["guidance"])
     blocks = [
         f"# The shortcuts, measured where the right answer is known\n\nMade by `{study['command']}`. {settings(study)}",
         HOW.format(**plan),
@@ -58,7 +58,7 @@ def markdown(study: Study, reading: str = "") -> str:
     for family, entries in families.items():
         if family.removesuffix("-paper") not in HEADINGS:
             continue
-        where = "guidance 1 to 3, as the paper's" if family.endswith("-paper") else "the model's own guidance"
+        where = "guidance 1 to 3, as the paper's" if family.endswith("-paper") else plain
         title = HEADINGS[family.removesuffix("-paper")].format(switch=plan["switch"])
         blocks += [f"## {title} {where[0].upper()}{where[1:]}", run_words(entries)]
         if family == "panels-paper":
@@ -77,7 +77,7 @@ def settings(study: Study) -> str:
     return (
         f"Scenes that training never drew (seed {plan['seed']}), each with its own fps, motion bucket and noises, the "
         f"same in every arm. Model `{plan['model']}`, weights {study['weights']}, {plan['steps']} steps where nothing "
-        f"else is said, the model's own guidance {low:g} to {high:g}, noise augmentation {study['noise_aug']:g}. "
+        f"else is said, guidance {low:g} to {high:g}, noise augmentation {study['noise_aug']:g}. "
         f"minisvd {versions['minisvd']}, torch {versions['torch']}, Python {versions['python']}, "
         f"a machine of {study['cores']} cores. Seconds are processor time of the denoising of one video, on one "
         f"thread, each arm in full and in turn, the median of {study['timing_rounds']}."

@@ -104,7 +104,7 @@ class Bench:
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
         self.subject, self.background = encoder(plan.subject), encoder(plan.background)
-        self.guidance = self.svd.generation.guidance
+        self.guidance = plan.guidance
         side = scenes.SIZE // self.svd.vae.config.factor
         self.grid = side, side
 

@@ -1,6 +1,6 @@
 """One page that shows what a model does with an image: its U, its steps, its attention, its builds and its cost.
 
-    python -m tools.teach.explain weights/tiny/example.png -o page.html
+    python -m tools.teach.explain weights/tiny/example.png -o page.html --steps 10 --guidance 1.5 1.5
 
 The page needs no network and no server. It is page.html, filled with what was measured and drawn here; page.js computes
 in it. The model is run once in each of its three builds, on the same noise.
@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import zlib
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -237,24 +238,25 @@ def maps_shown(watch: "Watch") -> dict[str, Any]:
 
 
 def gather(
-    source: str, image: Path, steps: int | None, seed: int, device: str
+    source: str, image: Path, steps: int | None, guidance: tuple[float, float] | None, seed: int, device: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Run the model; what the page computes with, and what it says."""
     svd = minisvd.load(source, vcut=False, device=device)
-    given, config, name = svd.generation, svd.unet.config, Path(source).name
-    t, (width, height), n = given.num_frames, given.size, steps or given.steps
+    asked = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+    svd.generation = given = replace(svd.generation, **asked)
+    config, name = svd.unet.config, Path(source).name
+    t, (width, height), n = given.num_frames, given.size, given.steps
     latent, shown = (width // svd.vae.config.factor, height // svd.vae.config.factor), some(t, FRAMES)
     blocks = list(unet_blocks(config, t, latent))
     sites = sites_shown(blocks, len(shown))
     fit = MAPS // sum(bytes_of(block, len(shown)) for block in sites)
     watch = Watch(svd.unet, sites, shown, t, [i + 1 for i in some(n, min(max(fit, 1), MAPPED))])
-    settings: dict[str, Any] = {"steps": n, "seed": seed}
     with watched(svd.unet) as watch.seen:
-        first = svd(image, callback=watch, **settings)
+        first = svd(image, callback=watch, seed=seed)
     builds = []
     for vcut in BUILDS:
         build = StableVideoDiffusion(minisvd.fold(svd.unet, vcut), svd.vae, svd.clip, given)
-        frames = first.frames if vcut is False else build(image, **settings).frames
+        frames = first.frames if vcut is False else build(image, seed=seed).frames
         builds.append(built(vcut, frames[shown], first.frames[shown], n))
 
     words = [line[:44].strip() for line in ledger(run_cost(config, t, latent, n)).splitlines()[1:]]
@@ -320,10 +322,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="PAGE", help="such as page.html")
     parser.add_argument("--model", default="tiny", metavar="M", help="a preset, folder, file or hub id (default: tiny)")
     parser.add_argument("--steps", type=int, metavar="N", help="noise levels to walk through (default: the model's)")
+    parser.add_argument("--guidance", type=float, nargs=2, metavar=("MIN", "MAX"), help="default: the model's")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", metavar="D", help="default: %(default)s")
     args = parser.parse_args(argv)
-    text = page(*gather(args.model, args.image, args.steps, args.seed, args.device))
+    guidance = args.guidance and tuple(args.guidance)
+    text = page(*gather(args.model, args.image, args.steps, guidance, args.seed, args.device))
     with atomic(args.out) as path:
         path.write_text(text, encoding="utf-8")
     print(args.out)

@@ -9,6 +9,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "weights/tiny/example.png").is_file())
@@ -26,6 +27,7 @@ from tools.teach.look import beside, grey, heat, strip
 from tools.teach.maps import attended, attentions, watched, weights
 
 svd = minisvd.load("tiny")
+svd.generation = replace(svd.generation, steps=10, guidance=(1.5, 1.5))  # more to look at than its three, unguided
 unet, vae, clip = svd.unet, svd.vae, svd.clip
 T, (W, H) = svd.generation.num_frames, svd.generation.size
 for name in ("unet", "vae", "clip"):
@@ -241,6 +243,7 @@ runs: dict[object, Tensor] = {}
 counts: dict[object, int] = {}
 for vcut in (False, "lossless", True):
     build = minisvd.load("tiny", vcut=vcut)
+    build.generation = svd.generation
     counts[vcut] = sum(p.numel() for p in build.unet.parameters())
     seen_latents: list[Tensor] = []
     build("weights/tiny/example.png", callback=lambda *s, into=seen_latents: into.append(s[2]), progress=False)

@@ -68,7 +68,7 @@ UNET = UNetConfig(
     addition_time_embed_dim=32,
 )
 GENERATION = GenerationConfig(
-    num_frames=scenes.FRAMES, steps=10, guidance=(1.5, 1.5), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
+    num_frames=scenes.FRAMES, steps=3, guidance=(1.0, 1.0), size=(scenes.SIZE, scenes.SIZE), decode_chunk=8
 )
 
 KL_WEIGHT = 1e-4  # of the KL divergence per latent number, against the loss per colour value
@@ -82,7 +82,7 @@ MISTAKEN, MISTAKEN_POOL = 0.3, 4000  # of the study's second model: the share un
 DRAWN, FAINT = 0.1, 0.12  # shares of the wide: drawings on dark grounds, and scenes whose nose and tail hardly show
 FAINTEST, BRIGHTEST = (0.02, 0.5), 1.05  # range of their opacity; of a drawing's ground, near and far colours' sum
 NOISE_DRAWS = 2  # of noise augmentation, for each of them
-SAMPLED_POOL, ENCODED = 1000, 0.25  # videos that the decoder learns from last; the share of steps on encoded ones
+SAMPLED_POOL, ENCODED = 1600, 0.25  # videos that the decoder learns from last; the share of steps on encoded ones
 AUGMENTED = 0.02  # noise_aug of those videos, as people ask for them
 LATENTS = (scenes.FRAMES, VAE.latent_channels, scenes.SIZE // VAE.factor, scenes.SIZE // VAE.factor)
 
@@ -93,7 +93,7 @@ UNET_VIDEO = Stage("unet", steps=3200, batch=16, lr=1e-3, report=800)
 UNET_FAST = Stage("unet-fast", steps=3200, batch=16, lr=1e-3, report=800, hold=0.4)
 UNET_WIDE = Stage("unet-wide", steps=7000, batch=16, lr=1e-3, report=1000, hold=0.3)
 UNET_MISTAKEN = Stage("unet-mistaken", steps=2400, batch=16, lr=8e-4, report=600, hold=0.2)
-VAE_SAMPLED = Stage("vae-sampled", steps=1500, batch=2, lr=6e-5, report=250, hold=0.2)
+VAE_SAMPLED = Stage("vae-sampled", steps=900, batch=2, lr=1e-4, report=150, hold=0.2)
 STAGES = (VAE_FRAMES, VAE_VIDEO, CLIP_CAPTIONS, UNET_VIDEO, UNET_FAST, UNET_WIDE, UNET_MISTAKEN, VAE_SAMPLED)
 DrawClip = Callable[[np.random.Generator], tuple[scenes.Scene, int, float, np.ndarray]]  # as `scenes.random_clip`
 
