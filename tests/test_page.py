@@ -116,9 +116,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         randomised(ImageEncoder(ClipConfig(**CLIP))),
     )
     folder = tmp_path_factory.mktemp("page")
-    save_folder(folder / "random", *parts, GenerationConfig(num_frames=3, steps=3, size=(320, 64), guidance=(1.0, 2.0)))
+    save_folder(folder / "random", *parts, GenerationConfig(num_frames=3, steps=2, size=(320, 64), guidance=(1.0, 1.0)))
     path = folder / "page.html"
-    explain.main(["weights/tiny/example.png", "-o", str(path), "--model", str(folder / "random")])
+    asked = ["--steps", "3", "--guidance", "1", "2"]  # not the model's own
+    explain.main(["weights/tiny/example.png", "-o", str(path), "--model", str(folder / "random"), *asked])
     html = path.read_text(encoding="utf-8")
     return path, content(html)
 
@@ -156,6 +157,7 @@ def test_what_is_shown_was_measured(made, script):
     what the model returned at the site is what the script makes of its weights."""
     _, data = made
     assert [step["number"] for step in data["steps"]] == [1, 2, 3]
+    assert {step["branches"] for step in data["steps"]} == {"two branches, guided"}
     assert data["steps"][-1]["reached"] == "0"
     assert data["steps"][-1]["away"] == "0.000"
     first, lossless, omitted = data["builds"]
