@@ -6,6 +6,7 @@ Compared with diffusers and transformers on the same random weights, in float32;
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,7 @@ from minisvd.etc import (
 )
 from minisvd.layouts import CLIP_FOLDER_GATHER, CLIP_FOLDER_RENAME, sources
 from minisvd.sampler import sample_euler
+from minisvd.save import write_json
 from minisvd.text import TextConfig, TextEncoder
 from tools.cost.accounting import BUILDS, run_cost, unet_cost
 
@@ -355,12 +357,17 @@ def test_account_counts_it_and_svd_alike(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cut", "guided"), [(None, 25), (17, 16), (1, 0), (40, 25)])
-def test_account_counts_a_run(capsys, cut, guided):
+def test_account_counts_a_run(capsys, tmp_path, cut, guided):
     """Guided steps before the cut, on two branches: the closed formulas' MACs, and the peak of as many branches.
-    Control: the formulas of the run that is not cut, unless it is that run."""
+    Controls: the formulas of the run that is not cut, unless it is that run; and the folder as it is, which guides no
+    step."""
+    shutil.copytree("weights/tiny", folder := tmp_path / "guided")
+    settings = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    write_json(folder / "generation_config.json", settings | {"guidance": [1.0, 3.0]})
+    assert account(capsys, "--model", "weights/tiny", "--steps", "25")["run"]["guided"] == 0
     argv = [
         "--model",
-        "weights/tiny",
+        str(folder),
         "--steps",
         "25",
         "--memory",

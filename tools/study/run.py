@@ -472,7 +472,7 @@ def check_work(work: Path, plan: Plan, weights: str) -> None:
     file, mine = work / "plan.json", asdict(plan) | {"weights": weights}
     if not file.exists():
         write_json(file, mine)
-    mine |= {"cuts": list(plan.cuts), "intervals": [list(interval) for interval in plan.intervals]}
+    mine = json.loads(json.dumps(mine))  # lists for tuples, as in the file
     for name, value in stored(file).items():
         if value != mine.get(name):
             raise ValueError(f"{work} was begun with {name} {value}, not {mine.get(name)}; give --work another folder")
