@@ -40,7 +40,7 @@ def videos(first_frames) -> dict[int, list[Video]]:
 
 
 def right(frames: torch.Tensor, scene: scenes.Scene, bucket: int) -> bool:
-    """Colour within 0.1 (RGB, L2), heading within 30 degrees, and in every frame the true form, overlapping it by 0.7."""
+    """Colour within 0.1 (RGB, L2), heading within 30 degrees, in every frame the true form and an overlap of 0.7."""
     return against_truth(frames, scene, bucket, fps=7).right_in_every_frame
 
 
