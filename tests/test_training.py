@@ -18,7 +18,17 @@ from minisvd.vae import AutoencoderKLTemporalDecoder
 from tools.cost.benchmark import seconds
 from tools.tiny import scenes
 from tools.tiny import train as recipe
-from tools.tiny.fit import Muon, Run, Stage, fit, half, muon_and_adamw, orthogonalised, orthogonalised_together
+from tools.tiny.fit import (
+    Muon,
+    Run,
+    Stage,
+    fit,
+    half,
+    midway,
+    muon_and_adamw,
+    orthogonalised,
+    orthogonalised_together,
+)
 from tools.tiny.train import decode_frames, mean_psnr
 
 pytestmark = pytest.mark.slow
@@ -56,7 +66,7 @@ def small(monkeypatch):
     monkeypatch.setattr("tools.tiny.fit.SAVE_EVERY", 0)
 
 
-def train(work: Path, seed: int = 0, stop_at: int | None = None) -> dict[str, Tensor]:
+def train(work: Path, seed: int = 0, stop_at: int | None = None, finish: bool = False) -> dict[str, Tensor]:
     """The averaged weights after the stage; Stopped while step `stop_at` is under way."""
     work.mkdir(exist_ok=True)
     calls = []
@@ -69,7 +79,7 @@ def train(work: Path, seed: int = 0, stop_at: int | None = None) -> dict[str, Te
         out = unet(sample, torch.zeros(batch), torch.ones(batch, 1, 8), torch.ones(batch, 3))
         return (out - sample[:, :, :4] + torch.randn_like(out)).square().mean()
 
-    run = Run(work, (STAGE,), torch.device("cpu"), seed)
+    run = Run(work, (STAGE,), torch.device("cpu"), seed, finish)
     return fit(run, STAGE, lambda: SpatioTemporalUNet(CONFIG), loss, lambda _: "", muon_and_adamw).state_dict()
 
 
@@ -104,6 +114,31 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     (tmp_path / "unet.pt").unlink()
     with pytest.raises(Stopped):  # control
         train(tmp_path, stop_at=1)
+
+
+def test_to_finish_trains_nothing(tmp_path):
+    """Neither a stage that was begun, which is what its checkpoint has, nor one that was not, which is as it begins.
+    Control: without it both would take a step."""
+    with pytest.raises(Stopped):
+        train(tmp_path / "begun", stop_at=4)
+    average = torch.load(tmp_path / "begun/unet.pt")["ema"]
+    assert differing(average, train(tmp_path / "begun", stop_at=1, finish=True)) == 0
+    torch.manual_seed(0)
+    fresh = SpatioTemporalUNet(CONFIG).state_dict()
+    assert differing(fresh, train(tmp_path / "new", stop_at=1, finish=True)) == 0
+    for folder in ("begun", "new"):
+        with pytest.raises(Stopped):  # control
+            train(tmp_path / folder, stop_at=1)
+
+
+def test_midway_is_the_mean_of_both_networks():
+    """Of every parameter, in the first. Control: they were apart."""
+    a, b = (SpatioTemporalUNet(CONFIG) for _ in range(2))
+    before = copy.deepcopy(a)
+    assert midway(a, b) is a
+    for mean, mine, other in zip(a.parameters(), before.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(mean, (mine + other) / 2)
+    assert not torch.equal(before.conv_in.weight, b.conv_in.weight)  # control
 
 
 def test_the_rate_rises_is_held_and_falls_to_nothing():
@@ -310,7 +345,8 @@ def test_a_run_that_cannot_be_meant_is_refused_before_it_trains(tmp_path, monkey
     for argv, sentence in (
         ([*work, "--seed", "4"], "was begun with --seed 3: give that, or another --work"),
         ([*work, "--seed", "3", "--processes", "0"], "--processes is 0; need at least 1"),
-        (["--work", str(tmp_path / "none"), "--finish"], "--finish has nothing to finish"),
+        ([*work, "--finish"], "--finish has nothing to finish"),
+        (["--work", str(tmp_path / "none"), "--finish"], "holds no checkpoint of the UNet"),
     ):
         with pytest.raises(SystemExit):
             recipe.main(argv)

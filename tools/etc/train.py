@@ -9,6 +9,7 @@ clips most of which are slow to learn. At the end it is measured on 200 unseen c
 """
 
 import argparse
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from tools.measure.metrics import spearman, wilson_interval
 from tools.output import table, write_json
 from tools.tiny import scenes
 from tools.tiny.captions import WORDS
-from tools.tiny.fit import Run, Stage, fit, muon_and_adamw
+from tools.tiny.fit import Run, Stage, fit, midway, muon_and_adamw
 
 IMAGES = Stage("etc-images", steps=2500, batch=128, lr=1.5e-3, report=500, hold=0.3)
 CLIPS = Stage("etc-clips", steps=5000, batch=16, lr=1e-3, report=500, hold=0.3)
@@ -102,18 +103,13 @@ def train_clips(
 def train_further(
     network: SpatialUNet, text: torch.nn.Module, vae: Any, work: Path, seed: int, args: Any
 ) -> SpatialUNet:
-    """A round on fresh clips. It ends with the mean of what the network was and what it became, which keeps what either
-    does better (arXiv 2109.01903); the next round begins from there."""
+    """A round on fresh clips. It ends midway between what the network was and what it became; the next begins there."""
     if args.finish and not (work / f"{MORE.name}.pt").exists():
         return network
-    was, stage = [p.detach().clone() for p in network.parameters()], scaled(MORE, args.share)
+    was, stage = copy.deepcopy(network), scaled(MORE, args.share)
     pools = pools_in(work, vae, MORE_COUNTS, seed, args.share, MORE_RATES)
     run = Run(work, (stage,), CPU, seed, args.finish)
-    unet = train_clips(run, stage, text, pools, network)
-    with torch.no_grad():
-        for became, before in zip(unet.parameters(), was, strict=True):
-            became.lerp_(before, 0.5)
-    return unet
+    return midway(train_clips(run, stage, text, pools, network), was)
 
 
 def pools_in(

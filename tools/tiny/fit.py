@@ -60,7 +60,7 @@ class Run:
     """Where a run works and on what: `work` holds checkpoints and the log; this is process `rank` of `processes`.
 
     Its `stages` come in turn; what a stage draws depends on its place among them.
-    With `finish`, a stage that was begun counts as done where its checkpoint is.
+    With `finish` nothing is trained: a stage counts as done where its checkpoint is, or, not begun, as it begins.
     """
 
     work: Path
@@ -126,7 +126,7 @@ def fit(
         first = state["step"]
     if run.processes > 1:
         distributed.barrier()  # nobody writes a checkpoint before everybody has read it
-    if first >= stage.steps or (run.finish and first > 0):
+    if first >= stage.steps or run.finish:
         return ema
     if first > 0:
         for optimizer, past in zip(optimizers, state["optimizers"], strict=True):
@@ -164,6 +164,15 @@ def fit(
                 torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
             saved = time.monotonic()
     return ema
+
+
+@torch.no_grad()
+def midway(a: M, b: M) -> M:
+    """`a`, with the mean of both networks' weights. Where one was trained on from the other it keeps what either does
+    better (arXiv 2109.01903)."""
+    for mine, other in zip(a.parameters(), b.parameters(), strict=True):
+        mine.lerp_(other, 0.5)
+    return a
 
 
 @contextmanager
