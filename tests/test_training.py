@@ -334,10 +334,13 @@ def test_what_is_frozen_or_unused_stays_as_it_is():
 
 def test_a_run_that_cannot_be_meant_is_refused_before_it_trains(tmp_path, monkeypatch, capsys):
     """No process; the end of what was not begun; another seed in a work folder, whose weights are the first seed's.
-    Controls: the same seed goes on, and another folder takes another."""
+    Controls: the same seed goes on, another folder takes another, and what was begun is finished."""
     begun = []
     monkeypatch.setattr(recipe.multiprocessing, "spawn", lambda _, args, nprocs: begun.append((args[0].seed, nprocs)))
     work, other = ["--work", str(tmp_path / "work")], ["--work", str(tmp_path / "other")]
+    begun_unet = ["--work", str(tmp_path / "half")]
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/unet.pt").touch()
     recipe.main([*work, "--seed", "3", "--processes", "2"])
     recipe.main([*work, "--seed", "3", "--processes", "1"])
     recipe.main([*other, "--seed", "4", "--processes", "1"])
@@ -346,13 +349,16 @@ def test_a_run_that_cannot_be_meant_is_refused_before_it_trains(tmp_path, monkey
         ([*work, "--seed", "4"], "was begun with --seed 3: give that, or another --work"),
         ([*work, "--seed", "3", "--processes", "0"], "--processes is 0; need at least 1"),
         ([*work, "--finish"], "--finish has nothing to finish"),
-        (["--work", str(tmp_path / "none"), "--finish"], "holds no checkpoint of the UNet"),
+        (["--work", str(tmp_path / "none"), "--finish"], "none holds no unet.pt"),
+        ([*begun_unet, "--finish", "--mistaken"], "half holds no unet-mistaken.pt"),
     ):
         with pytest.raises(SystemExit):
             recipe.main(argv)
         assert sentence in " ".join(capsys.readouterr().err.split())
     assert len(begun) == 3
     assert not (tmp_path / "none").exists()
+    recipe.main([*begun_unet, "--finish"])
+    assert begun[3:] == [(0, 1)]
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -610,8 +610,10 @@ def main(argv: list[str] | None = None) -> None:
     args.processes = 1 if args.finish else args.processes
     if args.processes < 1:
         parser.error(f"--processes is {args.processes}; need at least 1")
-    if args.finish and not (args.work / f"{UNET_VIDEO.name}.pt").exists():
-        parser.error(f"--finish has nothing to finish: {args.work} holds no checkpoint of the UNet")
+    asked = (UNET_VIDEO, UNET_MISTAKEN) if args.mistaken else (UNET_VIDEO,)
+    for stage in asked if args.finish else ():
+        if not (args.work / f"{stage.name}.pt").exists():
+            parser.error(f"--finish has nothing to finish: {args.work} holds no {stage.name}.pt")
     args.work.mkdir(parents=True, exist_ok=True)
     seed = args.work / "seed"
     if seed.exists() and seed.read_text() != f"{args.seed}\n":
