@@ -270,6 +270,17 @@ def test_training_writes_a_folder_and_goes_on(tmp_path: Path, monkeypatch: pytes
         assert video.frames.shape == (8, 3, 64, 64)
 
 
+def test_what_was_not_begun_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A sentence names the checkpoint that is missing, and no model is written. Control: another stage's does not do."""
+    given = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--finish"]
+    (tmp_path / f"{train.IMAGES.name}.pt").touch()
+    for further, stage in (([], train.CLIPS), (["--more", "weights/tiny-etc"], train.MORE)):
+        with pytest.raises(SystemExit):
+            train.main([*given, *further])
+        assert f"{tmp_path} holds no {stage.name}.pt" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_few_clips_show_has_every_colour_and_every_shape():
     """And so has what they leave out: what is new there is the pair. Control: every second pair has half the shapes."""
     rest = [pair for pair in PAIRS if pair not in experiment.SEEN]

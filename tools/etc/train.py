@@ -211,13 +211,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, default=200, help="unseen captions (default: %(default)s)")
     parser.add_argument("--finish", action="store_true", help="train no more: measure and write what there is")
     args = parser.parse_args(argv)
+    work = args.work or Path("runs/etc-more" if args.more else "runs/etc")  # the pools of one are not the other's
+    needed = work / f"{(MORE if args.more else CLIPS).name}.pt"
+    if args.finish and not needed.exists():
+        parser.error(f"--finish has nothing to finish: {work} holds no {needed.name}")
     text, vae = load_text(args.base), load_vae(args.base)
     if args.more:
-        work = args.work or Path("runs/etc-more")  # the pools of one are not the other's
         unet = load_sd(args.more, dtype="float32")[0].requires_grad_(True)
         rounds = [(work, args.seed)]
     else:
-        work = args.work or Path("runs/etc")
         stages = scaled(IMAGES, args.share), scaled(CLIPS, args.share)
         run, pools = Run(work, stages, CPU, args.seed, args.finish), pools_in(work, vae, COUNTS, args.seed, args.share)
         network = train_images(run, stages[0], text, pools["clips"], new_image_network(config_for(vae.config)))
