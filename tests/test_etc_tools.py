@@ -271,7 +271,7 @@ def test_training_writes_a_folder_and_goes_on(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_was_not_begun_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A sentence names the checkpoint that is missing, and no model is written. Control: another stage's does not do."""
+    """A sentence names the missing checkpoint, and no model is written. Control: another stage's does not do."""
     given = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--finish"]
     (tmp_path / f"{train.IMAGES.name}.pt").touch()
     for further, stage in (([], train.CLIPS), (["--more", "weights/tiny-etc"], train.MORE)):
